@@ -1,0 +1,40 @@
+"""fewstep: diffusion and flow models, sampled well in few network evaluations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if __package__:  # pytest imports this file as a bare module where the checkout's name is not an identifier
+    from . import schedules
+    from .guidance import CFG, Denoiser
+    from .hosts.library import sample
+    from .samplers import NumericalError, Program, Solver, Stepper, compile, solvers
+    from .samplers import parse as solver
+
+if TYPE_CHECKING:
+    from .hosts.diffusers import FewStepScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CFG",
+    "Denoiser",
+    "FewStepScheduler",
+    "NumericalError",
+    "Program",
+    "Solver",
+    "Stepper",
+    "compile",
+    "sample",
+    "schedules",
+    "solver",
+    "solvers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FewStepScheduler":
+        from .hosts.diffusers import FewStepScheduler
+
+        return FewStepScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The command line `fewstep`: embedded models, sweeps, metrics and reports."""

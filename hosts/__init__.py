@@ -1,0 +1,1 @@
+"""Who owns the loop: the library itself, a diffusers pipeline."""

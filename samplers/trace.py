@@ -1,0 +1,128 @@
+"""Symbolic values: run a solver's loop on them once and it leaves a :class:`~fewstep.samplers.program.Program`.
+
+A :class:`Linear` is a weighted sum of registers; ``+``, ``-`` and multiplication by a number build new ones. Only
+three things reach the program: a state that is evaluated, a value that is kept, a noise that is drawn.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from ..schedules import Node, TimeGrid, conversion
+from ..schedules.parametrization import Prediction
+from .program import Combine, Evaluate, Noise, Op, Program, reads
+
+
+class Linear:
+    """A weighted sum of registers."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[int, float]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Linear) -> Linear:
+        terms = dict(self.terms)
+        for register, coef in other.terms.items():
+            terms[register] = terms.get(register, 0.0) + coef
+        return Linear(terms)
+
+    def __mul__(self, number: float) -> Linear:
+        return Linear({register: coef * float(number) for register, coef in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: float) -> Linear:
+        return self * (1.0 / number)
+
+    def __neg__(self) -> Linear:
+        return self * -1.0
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + -other
+
+
+def combination(*terms: tuple[float, Linear]) -> Linear:
+    """``sum coef * value``."""
+    total = Linear({})
+    for coef, value in terms:
+        total = total + coef * value
+    return total
+
+
+class Evaluation:
+    """The network's answer at a node, in whichever form the solver asks for; each form is one register."""
+
+    def __init__(self, trace: Trace, x: Linear, raw: Linear, node: Node) -> None:
+        self._trace, self._x, self._raw, self.node = trace, x, raw, node
+
+    def _as(self, target: Prediction) -> Linear:
+        c_x, c_m = conversion(self._trace.prediction, target, self.node)
+        return self._trace.keep(c_x * self._x + c_m * self._raw)
+
+    @cached_property
+    def denoised(self) -> Linear:
+        """The prediction of the clean sample x_0."""
+        return self._as("denoised")
+
+    @cached_property
+    def epsilon(self) -> Linear:
+        """The prediction of the noise."""
+        return self._as("epsilon")
+
+    @cached_property
+    def velocity(self) -> Linear:
+        """The flow velocity eps - x_0."""
+        return self._as("flow")
+
+
+class Trace:
+    """Records what a solver does; see the module's description."""
+
+    def __init__(self, grid: TimeGrid, prediction: Prediction = "denoised") -> None:
+        self.prediction: Prediction = prediction
+        self._nodes: dict[Node, int] = {node: i for i, node in enumerate(grid)}
+        self._ops: list[Op] = []
+        self._registers = 1
+
+    @property
+    def start(self) -> Linear:
+        """The start state."""
+        return Linear({0: 1.0})
+
+    def keep(self, value: Linear) -> Linear:
+        """``value`` in a register of its own: what a history should hold."""
+        terms = tuple((register, coef) for register, coef in value.terms.items() if coef != 0.0)
+        if len(terms) == 1 and terms[0][1] == 1.0:
+            return Linear(dict(terms))
+        return self._write(lambda dst: Combine(dst, terms))
+
+    def evaluate(self, x: Linear, node: Node) -> tuple[Linear, Evaluation]:
+        """The network at state ``x`` and a node: ``(x in a register, the prediction)``."""
+        x = self.keep(x)
+        (src,) = x.terms
+        raw = self._write(lambda dst: Evaluate(dst, src, self._index(node)))
+        return x, Evaluation(self, x, raw, node)
+
+    def noise(self, s: Node, t: Node) -> Linear:
+        """A standard normal that belongs to the interval s -> t."""
+        return self._write(lambda dst: Noise(dst, self._index(s), self._index(t)))
+
+    def finish(self, x: Linear, solver: str = "") -> Program:
+        """The program that ends in ``x``, without operations that nothing reads."""
+        (output,) = self.keep(x).terms
+        needed, ops = {output}, []
+        for op in reversed(self._ops):
+            # An evaluation is never dropped: a solver that asks for one it does not use should be seen to.
+            if op.dst in needed or isinstance(op, Evaluate):
+                needed.update(reads(op))
+                ops.append(op)
+        return Program(tuple(self._nodes), tuple(reversed(ops)), output, self.prediction, solver).check()
+
+    def _index(self, node: Node) -> int:
+        return self._nodes.setdefault(node, len(self._nodes))
+
+    def _write(self, op) -> Linear:
+        register, self._registers = self._registers, self._registers + 1
+        self._ops.append(op(register))
+        return Linear({register: 1.0})
