@@ -108,7 +108,7 @@ def _coefficients(program: Program) -> list[dict[str, Any]]:
     states, result = program.unroll()
     rows = []
     for i, (form, node) in enumerate(zip([*states, result], [*program.evaluations, None])):
-        row: dict[str, Any] = {"state": f"evaluation {i}" if node else "result"}
+        row: dict[str, Any] = {"state": f"state {i}" if node else "result"}
         if node:
             row |= {"t": node.t, "alpha": node.alpha, "sigma": node.sigma}
         rows.append(row | {"weights": {names[source]: weight for source, weight in form.items() if weight != 0.0}})
@@ -140,23 +140,23 @@ def _check(name: str, result: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
 
 
 def _stability(chosen: Solver, step_length: float) -> dict[str, Any]:
-    area = stability.region(chosen.spec, step_length, size=(200, 200))
+    area = stability.region(chosen.spec, step_length, size=(213, 200))
     low, high = area.real_interval
     return {
         "test": "dy/dlambda = (z/h) y with denoised = (1 + z/h) y, grid uniform in lambda with step h",
         "step": step_length,
         "real_from": None if math.isnan(low) else low,
         "real_to": None if math.isnan(high) else high,
-        "searched_from": float(area.real[0]),
-        "picture": stability.braille(area, 60),
+        "words": area.words,
+        "picture": stability.braille(area, 56),
     }
 
 
 # terminal ---------------------------------------------------------------------------------------------------------
 
 
-def render(facts: Mapping[str, Any], full: bool = False) -> list[RenderableType]:
-    """The facts as rich renderables, top to bottom; ``full`` adds the docstring and the program."""
+def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> list[RenderableType]:
+    """The facts as rich renderables, top to bottom, for a terminal of ``width`` columns; ``full`` adds the docstring and the program."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -174,10 +174,10 @@ def render(facts: Mapping[str, Any], full: bool = False) -> list[RenderableType]
         parts += [heading("Options"), Padding(_options_table(facts), (0, 0, 0, 2))]
     grid = facts["grid"]
     title = f"Coefficients  {grid['steps']} steps, {grid['schedule']} spacing, {grid['noise']} noise schedule"
-    parts += [heading(title), Padding(_coefficient_table(facts), (0, 0, 0, 2))]
+    parts += [heading(title), Padding(_coefficient_table(facts, width), (0, 0, 0, 2))]
     parts += [Padding(Text("x: start state, d0, d1, ...: denoised predictions in order, n...: noises", style="dim"), (0, 2))]
     area = facts["stability"]
-    parts += [heading(f"Stability region  step h = {area['step']:g} in lambda; {_interval(area)}"), Text(area["picture"])]
+    parts += [heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}"), Text(area["picture"])]
     note = (
         "dots: |growth per step| <= 1 on y' = (z/h) y, the network answering denoised = (1 + z/h) x/alpha; "
         "data live on [-h, 0], guidance reaches beyond it"
@@ -186,13 +186,6 @@ def render(facts: Mapping[str, Any], full: bool = False) -> list[RenderableType]
     if full:
         parts += [heading("Program"), Text(facts["program"])]
     return parts
-
-
-def _interval(area: Mapping[str, Any]) -> str:
-    if area["real_from"] is None:
-        return "unstable on the real axis"
-    low = f"below {area['real_from']:g}" if area["real_from"] <= area["searched_from"] else f"{area['real_from']:.2f}"
-    return f"stable on the real axis from {low} to {area['real_to']:.2f}"
 
 
 def _facts_table(facts: Mapping[str, Any]) -> RenderableType:
@@ -238,20 +231,30 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def _coefficient_table(facts: Mapping[str, Any], limit: int = 10) -> RenderableType:
+def _coefficient_table(facts: Mapping[str, Any], width: int) -> RenderableType:
+    """Weights, one state a line; of a long run only as many of the newest predictions as fit."""
     from rich.table import Table
 
     rows = facts["coefficients"]
-    names = list(dict.fromkeys(name for row in rows for name in row["weights"]))
-    shown = names if len(names) <= limit + 1 else [*names[:1], *names[-limit:]]
+    room = max(1, (width - 42) // 11)
+    most = max(sum(name != "x" for name in row["weights"]) for row in rows)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("state")
-    for column in ("t", "sigma/alpha", *shown):
-        table.add_column(column, justify="right")
+    table.add_column("state", no_wrap=True)
+    for column in ("t", "sigma/alpha", "x"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("predictions, newest first" + (f" ({room} of up to {most})" if most > room else ""), no_wrap=True)
     for row in rows:
         level = row["sigma"] / row["alpha"] if row.get("alpha") else math.inf
         at = [f"{row['t']:.4g}", f"{level:.4g}"] if "t" in row else ["", ""]
-        table.add_row(row["state"], *at, *(f"{row['weights'][n]:+.4f}" if n in row["weights"] else "" for n in shown))
+        weights = dict(row["weights"])
+        start = weights.pop("x", None)
+        newest = list(weights.items())[::-1][:room]
+        table.add_row(
+            row["state"],
+            *at,
+            "" if start is None else f"{start:+.4f}",
+            "  ".join(f"{weight:+.3f} [dim]{name}[/dim]" for name, weight in newest),
+        )
     return table
 
 

@@ -55,6 +55,15 @@ class Region:
             high += 1
         return float(axis[low]), float(axis[high])
 
+    @property
+    def words(self) -> str:
+        """The real interval as a phrase."""
+        low, high = self.real_interval
+        if np.isnan(low):
+            return "unstable on the real axis"
+        start = f"below {self.real[0]:g}" if low <= self.real[0] + 1e-9 else f"{low:.2f}"
+        return f"stable on the real axis from {start} to {high:.2f}"
+
 
 def growth(solver: str, step: float, z: NDArray[np.complex128]) -> NDArray[np.float64]:
     """|g(z)|: the long-run factor per step, any shape of z; infinite where it overflows."""
@@ -87,9 +96,9 @@ def _norm(states: list[NDArray[np.complex128]]) -> NDArray[np.float64]:
 def region(
     solver: str,
     step: float = 1.0,
-    real: tuple[float, float] = (-4.0, 1.0),
-    imag: float = 2.5,
-    size: tuple[int, int] = (400, 400),
+    real: tuple[float, float] = (-3.5, 0.75),
+    imag: float = 2.0,
+    size: tuple[int, int] = (425, 400),
 ) -> Region:
     """The growth on a rectangle; ``size`` is (columns, rows)."""
     x = np.linspace(*real, size[0])
@@ -103,7 +112,7 @@ def region(
 # terminal ---------------------------------------------------------------------------------------------------------
 
 
-def braille(area: Region, columns: int = 64) -> str:
+def braille(area: Region, columns: int = 60) -> str:
     """The stable region in braille dots (2 x 4 a character), with both axes."""
     rows = max(4, round(columns * 0.5 * (area.imag[0] - area.imag[-1]) / (area.real[-1] - area.real[0])))
     width, height = 2 * columns, 4 * rows
@@ -174,10 +183,6 @@ def svg(area: Region, side: int = 460) -> str:
     for y in np.arange(np.ceil(area.imag[-1]), area.imag[0] + 1e-9):
         ticks.append(f'<path d="M{left} {py(y):.1f}h-5" stroke="#8b94a0"/>')
         ticks.append(f'<text x="{left - 9}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    low, high = area.real_interval
-    interval = "unstable on the real axis" if np.isnan(low) else f"stable on the real axis from {low:.2f} to {high:.2f}"
-    if low <= area.real[0] + 1e-9:
-        interval = f"stable on the real axis from below {area.real[0]:g} to {high:.2f}"
     key = "".join(
         f'<rect x="{left + 82 * i}" y="{top + height + 58}" width="13" height="13" fill="rgb{colour}"/>'
         f'<text x="{left + 82 * i + 19}" y="{top + height + 69}">|g| ≤ {level:g}</text>'
@@ -190,7 +195,7 @@ def svg(area: Region, side: int = 460) -> str:
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="{left}" y="24" font-size="16" font-weight="600" fill="#16191d">{escape(area.solver)}</text>
 <text x="{left}" y="43">growth |g| per step on y' = (z/h) y; step h = {area.step:g} in log-SNR</text>
-<text x="{left}" y="60">{interval}</text>
+<text x="{left}" y="60">{area.words}</text>
 <image x="{left}" y="{top}" width="{side}" height="{height}" preserveAspectRatio="none" href="data:image/png;base64,{image}"/>
 <path d="M{px(0):.1f} {top}v{height}M{left} {py(0):.1f}h{side}" stroke="#16191d" stroke-opacity=".35" fill="none"/>
 <path d="M{px(max(-area.step, area.real[0])):.1f} {py(0):.1f}H{px(0):.1f}" stroke="#c2571a" stroke-width="3" fill="none"/>
@@ -202,3 +207,42 @@ def svg(area: Region, side: int = 460) -> str:
 {key}
 </svg>
 """
+
+
+def png(area: Region, side: int = 720) -> bytes:
+    """The picture of :func:`svg` as PNG."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    left, top, right, bottom = 78, 84, 30, 104
+    span_x, span_y = area.real[-1] - area.real[0], area.imag[0] - area.imag[-1]
+    height = round(side * span_y / span_x)
+    canvas = Image.new("RGB", (left + side + right, top + height + bottom), "white")
+    draw = ImageDraw.Draw(canvas)
+    small, large = ImageFont.load_default(15), ImageFont.load_default(21)
+    ink, soft, line, warm = (22, 25, 29), (59, 67, 76), (191, 198, 206), (194, 87, 26)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (x - area.real[0]) / span_x * side, top + (area.imag[0] - y) / span_y * height
+
+    canvas.paste(Image.open(io.BytesIO(raster(area))).resize((side, height), Image.Resampling.NEAREST), (left, top))
+    draw.text((left, 16), area.solver, ink, large)
+    draw.text((left, 48), f"|g| per step on y' = (z/h) y, h = {area.step:g} in log-SNR; {area.words}", soft, small)
+    draw.line([at(0, area.imag[0]), at(0, area.imag[-1])], line, 1)
+    draw.line([at(area.real[0], 0), at(area.real[-1], 0)], line, 1)
+    draw.line([at(max(-area.step, area.real[0]), 0), at(0, 0)], warm, 4)
+    x, y = at(-area.step / 2, 0)
+    draw.text((x, y - 8), "data: -h to 0", warm, small, anchor="mb")
+    draw.rectangle([left, top, left + side, top + height], outline=line)
+    for x in np.arange(np.ceil(area.real[0]), area.real[-1] + 1e-9):
+        draw.text((at(x, 0)[0], top + height + 8), f"{x:g}", soft, small, anchor="ma")
+    for y in np.arange(np.ceil(area.imag[-1]), area.imag[0] + 1e-9):
+        draw.text((left - 10, at(0, y)[1]), f"{y:g}", soft, small, anchor="rm")
+    draw.text((left + side / 2, top + height + 34), "Re z", soft, small, anchor="ma")
+    draw.text((14, top + height / 2), "Im z", soft, small, anchor="lm")
+    for i, (level, colour) in enumerate(LEVELS):
+        x, y = left + 130 * i, top + height + 70
+        draw.rectangle([x, y, x + 18, y + 18], fill=colour)
+        draw.text((x + 26, y + 9), f"|g| <= {level:g}", soft, small, anchor="lm")
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

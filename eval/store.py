@@ -115,25 +115,33 @@ class Store:
         return self.chunk_path(key, chunk).exists()
 
     def save_chunk(self, key: str, chunk: Chunk, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
-        """Write arrays (first axis: len(chunk)) and a small dictionary of facts (counts, seconds)."""
+        """Write arrays (first axis: the samples) and a small dictionary of facts (counts, seconds)."""
+        self.save_arrays(f"chunks/{key}/{chunk.name}", arrays, info)
+
+    def load_chunk(self, key: str, chunk: Chunk) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays and facts of one chunk."""
+        return self.load_arrays(f"chunks/{key}/{chunk.name}")
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+        """Write arrays and facts to a file of the folder."""
         from safetensors.numpy import save
 
         # One metadata entry only: the order of several is not kept by the format, and equal chunks should be equal bytes.
         data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"info": canonical(dict(info))})
-        write_atomically(self.chunk_path(key, chunk), data)
+        write_atomically(self.folder / name, data)
 
-    def load_chunk(self, key: str, chunk: Chunk) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The arrays and facts of one chunk. A damaged file is removed and reported, so that the next run redoes it."""
+    def load_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays and facts of a file. A damaged one is removed and reported, so that the next run makes it again."""
         from safetensors import SafetensorError, safe_open
 
-        path = self.chunk_path(key, chunk)
+        path = self.folder / name
         try:
             with safe_open(path, framework="numpy") as file:
                 info = json.loads((file.metadata() or {})["info"])
-                return {name: file.get_tensor(name) for name in file.keys()}, info
+                return {key: file.get_tensor(key) for key in file.keys()}, info
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             path.unlink(missing_ok=True)
-            raise ValueError(f"chunk {path} was damaged ({error}); it is removed, run the same command again") from None
+            raise ValueError(f"{path} was damaged ({error}); it is removed, run the same command again") from None
 
     def load_chunks(self, key: str, parts: Iterable[Chunk]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """Several chunks joined in the order given: the same result whoever wrote them."""
@@ -161,6 +169,9 @@ class Store:
         if not path.exists():
             raise ValueError(f"{self.folder} is not a results folder of `fewstep eval`: {name} is missing")
         return json.loads(path.read_text())
+
+    def save_text(self, name: str, text: str) -> None:
+        write_atomically(self.folder / name, text)
 
     def save_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         write_atomically(self.folder / name, "".join(canonical(dict(row)) + "\n" for row in rows))

@@ -20,9 +20,11 @@ from .trace import Evaluation, Linear, Trace, combination
 Variant = Literal["bh1", "bh2", "vary"]
 
 
-def _order(order: int, corrector: bool, **_: object) -> int:
-    """Order p with a corrector is p + 1, but never above what the first step leaves: 2 without correction, 3 with."""
-    return min(order + 1, 3) if corrector else min(order, 2)
+def _order(order: int, corrector: bool, variant: Variant, lower_order_final: bool, **_: object) -> int:
+    """Global order: the first step leaves 2 without correction and 3 with it, a first-order last step leaves 2."""
+    if variant == "vary" and corrector and order > 1:
+        return 1  # what the released coefficients of the corrector have
+    return min(order + 1, 2 if lower_order_final else 3) if corrector else min(order, 2)
 
 
 @solver(

@@ -1,0 +1,108 @@
+"""What there is to choose from: the rows of ``fewstep list``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .. import guidance as guidance_module
+from ..samplers import solvers as solver_registry
+from ..schedules import schedules as schedule_registry
+from .metrics import METRICS
+
+Rows = list[dict[str, Any]]
+
+
+def solvers() -> Rows:
+    """Registered solvers; ``order`` and ``stochastic`` are those of the default options."""
+    return [
+        {
+            "name": d.name,
+            "family": d.family,
+            "order": d.order,
+            "evaluations_per_step": d.evaluations_per_step,
+            "stochastic": d.stochastic,
+            "options": [f"{o.name}={_text(o.default)}" for o in d.options.values()],
+            "aliases": sorted(d.aliases),
+            "summary": d.summary,
+            "reference": d.reference,
+        }
+        for d in solver_registry().values()
+    ]
+
+
+def schedules() -> Rows:
+    """Named spacings."""
+    return [
+        {
+            "name": s.name,
+            "options": [f"{o.name}={_text(o.default)}" for o in s.options.values()],
+            "aliases": list(s.aliases),
+            "summary": s.summary,
+            "reference": s.reference,
+        }
+        for s in schedule_registry().values()
+    ]
+
+
+def models() -> Rows:
+    """Embedded models."""
+    from .targets import builtin_names, load_target
+
+    rows = []
+    for name in builtin_names():
+        target = load_target(name)
+        rows.append(
+            {
+                "name": name,
+                "shape": list(target.shape),
+                "conditional": target.conditional,
+                "guidance": list(target.guidance),
+                "samples": target.samples,
+                "summary": target.note,
+                "fingerprint": target.fingerprint,
+            }
+        )
+    return rows
+
+
+def metrics() -> Rows:
+    """Numbers of a report."""
+    return [
+        {"name": m.name, "label": m.label, "unit": m.unit, "better": m.better, "summary": " ".join(m.meaning.split())}
+        for m in METRICS
+    ]
+
+
+def guidance() -> Rows:
+    """Guidance methods: what can stand as ``guidance`` of :func:`fewstep.sample`."""
+    rows = []
+    for name in guidance_module.__all__:
+        value = getattr(guidance_module, name)
+        if inspect.isclass(value) and hasattr(value, "bind"):
+            doc = inspect.getdoc(value) or ""
+            rows.append({"name": name.lower(), "class": name, "summary": doc.partition("\n")[0], "documentation": doc})
+    return rows
+
+
+LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
+    "solvers": (
+        solvers,
+        (("name", "solver"), ("order", "order"), ("stochastic", "stochastic"), ("options", "options"), ("summary", "")),
+    ),
+    "schedules": (schedules, (("name", "schedule"), ("options", "options"), ("aliases", "also"), ("summary", ""))),
+    "models": (
+        models,
+        (("name", "model"), ("shape", "shape"), ("conditional", "classes"), ("guidance", "guidance"), ("summary", "")),
+    ),
+    "metrics": (metrics, (("name", "metric"), ("unit", "unit"), ("better", "better"), ("summary", ""))),
+    "guidance": (guidance, (("name", "guidance"), ("summary", ""))),
+}
+"""Name of a list -> its rows and the columns of its table."""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

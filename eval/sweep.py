@@ -1,0 +1,316 @@
+"""What ``fewstep eval`` will do, decided and checked before any work: solver x NFE x guidance as a list of cells.
+
+A :class:`Plan` holds everything that the run needs and nothing of it is computed later: which program each cell runs, how
+many evaluations it will spend, under which key its chunks lie. It is plain data and is written to ``run.json``,
+so processes that share the work, a resumed run and ``fewstep report`` read the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..samplers import Solver, compile, parse
+from ..schedules import NoiseSchedule, TimeGrid, make_grid, schedule
+from . import reference
+from .metrics import rank_deficient
+from .store import Chunk, chunks, digest
+from .targets import Target, load_target
+
+DEFAULT_MODELS = ("builtin:digits-exact", "builtin:digits-unet")
+DEFAULT_SOLVERS = (
+    "euler",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "unipc:order=2",
+    "unipc:order=3",
+    "deis:order=2",
+    "deis:order=3",
+    "euler_ancestral",
+)
+DEFAULT_NFE = (4, 5, 6, 8, 10, 20)
+AUTO_SCHEDULE = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The choices of one run, as given on the command line. None means the default of the model at hand."""
+
+    models: tuple[str, ...] = DEFAULT_MODELS
+    solvers: tuple[str, ...] = DEFAULT_SOLVERS
+    nfe: tuple[int, ...] | None = None
+    schedules: tuple[str, ...] = (AUTO_SCHEDULE,)
+    guidance: tuple[float, ...] | None = None
+    samples: int | None = None
+    seed: int = 0
+    chunk: int = 50
+    threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a solver on a spacing."""
+
+    solver: str
+    schedule: str
+    label: str
+    order: int
+    stochastic: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One solver at one budget. ``message`` says why the budget cannot be met; the cell is then not run."""
+
+    row: int
+    budget: int
+    key: str = ""
+    steps: int = 0
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One table: one model at one guidance scale, one reference, all solvers and budgets.
+
+    ``cost`` is the number of networks that one evaluation of the predictor runs: 2 under guidance. ``identity`` is what
+    must be equal for two runs to be comparable.
+    """
+
+    id: str
+    model: str
+    guidance: float | None
+    cost: int
+    samples: int
+    budgets: tuple[int, ...]
+    rows: tuple[Row, ...]
+    cells: tuple[Cell, ...]
+    reference: reference.Reference
+    features: str | None
+    conditional: bool
+    identity: dict[str, Any]
+    note: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def chunks(self, size: int) -> list[Chunk]:
+        return chunks(self.samples, size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All panels of a run."""
+
+    config: Config
+    panels: tuple[Panel, ...]
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    """Model -> time of one evaluation of one sample, measured once: weighs the progress bar, nothing else."""
+
+    def key(self) -> str:
+        """Hash of everything that decides the numbers: names the default results folder."""
+        return digest([self.config.chunk, [asdict(p) for p in self.panels]], 8)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
+        panels = []
+        for p in data["panels"]:
+            panels.append(
+                Panel(
+                    **{
+                        **p,
+                        "budgets": tuple(p["budgets"]),
+                        "rows": tuple(Row(**r) for r in p["rows"]),
+                        "cells": tuple(Cell(**c) for c in p["cells"]),
+                        "reference": reference.Reference(**p["reference"]),
+                        "warnings": tuple(p["warnings"]),
+                    }
+                )
+            )
+        return cls(Config(**config), tuple(panels), dict(data["milliseconds"]))
+
+
+# the command line's words ---------------------------------------------------------------------------------------
+
+
+def split_specs(texts: Iterable[str]) -> tuple[str, ...]:
+    """Solver specs from option values: ``"euler,unipc:order=3,variant=bh1 heun"`` are three.
+
+    Spaces separate specs. A comma does too, unless what follows it is ``key=value``, an option of the spec before.
+    """
+    specs: list[str] = []
+    for text in texts:
+        for word in text.split():
+            fresh = True  # a space ends the spec before, so its options cannot go on here
+            for piece in filter(None, word.split(",")):
+                if not fresh and re.match(r"[A-Za-z_]\w*=", piece) and specs:
+                    specs[-1] += "," + piece
+                else:
+                    specs.append(piece)
+                fresh = False
+    return tuple(dict.fromkeys(specs))
+
+
+def split_numbers(text: str, kind: Callable[[str], Any], what: str) -> tuple[Any, ...]:
+    """Numbers separated by commas or spaces; ValueError naming the word that is none."""
+    numbers = []
+    for word in re.split(r"[,\s]+", text.strip()):
+        try:
+            numbers.append(kind(word))
+        except ValueError:
+            raise ValueError(f"{what}: {word!r} in {text!r} is not {'an integer' if kind is int else 'a number'}") from None
+    return tuple(dict.fromkeys(numbers))
+
+
+# expansion ------------------------------------------------------------------------------------------------------
+
+
+def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
+    """Check the whole configuration and lay out every cell.
+
+    Raises:
+        ValueError: the first thing that cannot be done, with what is allowed and the nearest valid name: unknown model,
+            solver, option or spacing; a budget below 1; a solver that can meet none of the budgets; too few samples.
+    """
+    if not config.solvers:
+        raise ValueError("no solvers given")
+    for name, value in (("samples", config.samples), ("chunk", config.chunk), ("threads", config.threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for budget in config.nfe or ():
+        if budget < 1:
+            raise ValueError(f"an NFE budget must be at least 1, got {budget}")
+    solvers = list({s.spec: s for s in map(parse, config.solvers)}.values())
+    spacings = [resolve_schedule(s) for s in config.schedules]
+    panels: list[Panel] = []
+    milliseconds: dict[str, float] = {}
+    for model in config.models:
+        target = load(model)
+        milliseconds[model] = target.probe(config.chunk)
+        for scale in _scales(config, target):
+            panels.append(_panel(config, target, scale, solvers, spacings))
+    _refuse_impossible(panels)
+    return Plan(config, tuple(panels), milliseconds)
+
+
+def resolve_schedule(name: str) -> str:
+    """The spacing that a name on the command line means; ``auto`` is the library's own default."""
+    if name == AUTO_SCHEDULE:
+        return reference.default_schedule()
+    schedule(name)
+    return name
+
+
+def _scales(config: Config, target: Target) -> Sequence[float | None]:
+    if config.guidance is None:
+        return target.guidance or (None,)
+    wanted = [w for w in config.guidance if w != 1.0]
+    if wanted and not target.guidable:
+        raise ValueError(f"model {target.name} has no unconditional network; guidance {wanted[0]:g} needs one")
+    return config.guidance if target.guidable else (None,)
+
+
+def _panel(
+    config: Config, target: Target, scale: float | None, solvers: Sequence[Solver], spacings: Sequence[str]
+) -> Panel:
+    cost = 1 if scale in (None, 0.0, 1.0) else 2
+    budgets = config.nfe or tuple(cost * n for n in DEFAULT_NFE)
+    samples = config.samples or target.samples
+    base = {"model": target.fingerprint, "guidance": scale, "seed": config.seed, "device": config.device.split(":")[0]}
+    truth = reference.plan(target, base)
+    rows: list[Row] = []
+    cells: list[Cell] = []
+    for spacing in spacings:
+        for chosen in solvers:
+            label = chosen.spec if len(spacings) == 1 else f"{chosen.spec} @ {spacing}"
+            rows.append(Row(chosen.spec, spacing, label, chosen.order, chosen.stochastic))
+            steps = _reachable(chosen, target.noise_schedule, spacing, max(budgets) // cost)
+            why = _explain_misses(chosen, steps, budgets, cost)
+            for budget in budgets:
+                count = steps.get(budget // cost) if budget % cost == 0 else None
+                if count is None:
+                    cells.append(Cell(len(rows) - 1, budget, message=why))
+                    continue
+                program = compile(chosen, make_grid(target.noise_schedule, count, spacing))
+                content = {**base, "program": fingerprint(program.to_json()), "reference": truth.key}
+                cells.append(Cell(len(rows) - 1, budget, digest(content), count))
+    warnings = [w for w in [target.features and rank_deficient(samples, target.features.dimension)] if w]
+    name = target.name.removeprefix("builtin:")
+    return Panel(
+        id=name if scale is None else f"{name}-w{scale:g}",
+        model=target.name,
+        guidance=scale,
+        cost=cost,
+        samples=samples,
+        budgets=tuple(sorted(budgets)),
+        rows=tuple(rows),
+        cells=tuple(cells),
+        reference=truth,
+        features=target.features.fingerprint if target.features else None,
+        conditional=target.conditional,
+        identity={**base, "converged solution": f"{truth.solver}, {truth.steps} steps on {truth.schedule}, key {truth.key}"},
+        note=target.note,
+        warnings=tuple(warnings),
+    )
+
+
+def fingerprint(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reachable(chosen: Solver, noise_schedule: NoiseSchedule, spacing: str, limit: int) -> dict[int, int]:
+    """Evaluations -> steps, up to the first number beyond ``limit``."""
+    found: dict[int, int] = {}
+    failure: ValueError | None = None
+    for steps in range(1, limit + 2):
+        try:
+            spent = compile(chosen, _grid(noise_schedule, steps, spacing)).nfe
+        except ValueError as error:  # a spacing or a method may need more steps than this
+            failure = error
+            continue
+        found.setdefault(spent, steps)
+        if spent > limit:
+            break
+    if not found and failure:
+        raise failure
+    return found
+
+
+def _grid(noise_schedule: NoiseSchedule, steps: int, spacing: str) -> TimeGrid:
+    return make_grid(noise_schedule, steps, spacing)
+
+
+def _explain_misses(chosen: Solver, steps: Mapping[int, int], budgets: Sequence[int], cost: int) -> str:
+    """One sentence for all budgets that a solver cannot spend exactly, naming the nearest that it can."""
+    missed = [b for b in budgets if b % cost or b // cost not in steps]
+    near: set[int] = set()
+    for budget in missed:
+        below = [cost * n for n in steps if cost * n < budget]
+        above = [cost * n for n in steps if cost * n > budget]
+        near |= {*([max(below)] if below else []), *([min(above)] if above else [])}
+    reason = "" if cost == 1 else " (a guided evaluation counts 2)"
+    return (
+        f"{chosen.spec} cannot spend exactly {_or(missed)} evaluations{reason}; "
+        f"nearest budgets: {', '.join(map(str, sorted(near)))}"
+    )
+
+
+def _or(numbers: Sequence[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1] if words else "-"
+
+
+def _refuse_impossible(panels: Sequence[Panel]) -> None:
+    for panel in panels:
+        for index in range(len(panel.rows)):
+            mine = [c for c in panel.cells if c.row == index]
+            if all(c.message for c in mine):
+                raise ValueError(f"{panel.id}: {mine[0].message}; add one of them to --nfe or drop the solver")

@@ -1,0 +1,120 @@
+"""Tables in the terminal: the one that fills while ``fewstep eval`` runs, and those of the other commands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .metrics import METRICS
+from .report import half_width, number, panel_title
+
+_LABEL = {m.name: m.label for m in METRICS}
+_UP = {m.name for m in METRICS if m.better == "higher"}
+
+
+def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) -> Table:
+    """One metric of one panel, solvers down and budgets across; the best of a column is bold."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="")
+    table.title = Text.assemble((panel_title(panel), "bold"), f"  {_LABEL[metric]} at NFE")
+    table.add_column("", no_wrap=True)
+    for budget in panel["budgets"]:
+        table.add_column(str(budget), justify="right", no_wrap=True)
+    cells = {(c["row"], c["budget"]): c for c in panel["cells"]}
+    best = _best(panel, metric)
+    for index, row in enumerate(panel["rows"]):
+        texts = [_cell(cells.get((index, b)), metric, best.get(b), spread) for b in panel["budgets"]]
+        table.add_row(Text(row["label"]), *texts)
+    return table
+
+
+def _best(panel: Mapping[str, Any], metric: str) -> dict[int, float]:
+    best: dict[int, float] = {}
+    better = max if metric in _UP else min
+    for cell in panel["cells"]:
+        if cell.get(metric) and cell[metric]["value"] is not None:
+            value = cell[metric]["value"]
+            best[cell["budget"]] = better(best.get(cell["budget"], value), value)
+    return best
+
+
+def _cell(cell: Mapping[str, Any] | None, metric: str, best: float | None, spread: bool) -> Text:
+    if cell is None or cell["status"] == "pending":
+        return Text("·", style="dim")
+    if cell["status"] == "failed":
+        return Text("failed", style="red")
+    if not cell.get(metric):
+        return Text("-", style="dim")
+    value = cell[metric]["value"]
+    text = Text(number(value), style="bold green" if value == best else "")
+    if spread and half_width(cell[metric]):
+        text.append(" " + half_width(cell[metric]), style="dim")
+    return text
+
+
+def notes(panel: Mapping[str, Any]) -> list[str]:
+    """What the marks of a panel mean, one line each."""
+    lines = []
+    for cell in panel["cells"]:
+        if cell["status"] in ("unreachable", "failed") and cell["message"] not in lines:
+            lines.append(cell["message"])
+    if any(row["stochastic"] for row in panel["rows"]):
+        names = ", ".join(row["label"] for row in panel["rows"] if row["stochastic"])
+        lines.append(f"{names}: stochastic, so there is no distance to the solution of the differential equation")
+    return ["- : " + lines[0], *("    " + line for line in lines[1:])] if lines else []
+
+
+def result_tables(panel: Mapping[str, Any]) -> RenderableType:
+    """What stays on the screen when a panel is done: distance, Fréchet distance and what they are to be read against."""
+    parts: list[RenderableType] = [metric_table(panel, "rms", spread=True)]
+    if any(c.get("frechet") for c in panel["cells"]):
+        parts += [Text(), metric_table(panel, "frechet", spread=True)]
+    facts = []
+    if panel["reference"].get("resolution"):
+        facts.append(f"resolution {number(panel['reference']['resolution']['value'], 2)} (RMS error of the converged solution)")
+    if panel.get("floor"):
+        facts.append(f"Fréchet floor {number(panel['floor']['value'])} {half_width(panel['floor'])} (converged samples)")
+    facts.append(f"{panel['samples']:,} samples a cell, intervals at 95 %")
+    for line in ["; ".join(facts), *notes(panel), *panel.get("warnings", []), panel.get("note", "")]:
+        if line:
+            parts.append(Text(line, style="dim"))
+    return Group(*parts, Text())
+
+
+def listing(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]]) -> Table:
+    """A plain table: ``columns`` are (key, heading) pairs; the first column is the name."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for i, (_, heading) in enumerate(columns):
+        table.add_column(heading, style="cyan" if i == 0 else "", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(_word(row[key])) for key, _ in columns))
+    return table
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return str(value)
+
+
+def comparison_table(panel: Mapping[str, Any]) -> Table:
+    """Paired differences of one panel: what B changed against A."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold")
+    table.title = panel["id"]
+    for heading in ("solver", "NFE", "metric", "A", "B", "B - A", ""):
+        table.add_column(heading, justify="left" if heading in ("solver", "metric", "") else "right", no_wrap=True)
+    styles = {"better": "green", "worse": "red"}
+    for row in panel["cells"]:
+        for metric, d in row["metrics"].items():
+            difference = f"{d['difference']['value']:+.3g} {half_width(d['difference'])}"
+            verdict = Text(d["verdict"], style=styles.get(d["verdict"], "dim"))
+            table.add_row(Text(row["label"]), str(row["budget"]), _LABEL[metric], number(d["a"]), number(d["b"]), difference, verdict)
+    return table
