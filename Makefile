@@ -32,10 +32,10 @@ python_in = $(1)/bin/python
 # because a bare `torch` asked for by another package takes the newest build there is.
 define make_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else "fewstep needs Python 3.10 or newer, $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v[:2])'
-	@echo "Setting up $(1) (once; PyTorch is a large download where it is not cached)"
+	@echo "Setting up $(1): once, a few minutes, silent while PyTorch is downloaded"
 	$(PYTHON) -m venv --clear $(1)
-	$(call python_in,$(1)) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch numpy setuptools
-	$(call python_in,$(1)) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) ".[$(2)]"
+	$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch numpy setuptools
+	$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) ".[$(2)]"
 	@pwd > $(1)/.installed
 endef
 
@@ -43,7 +43,7 @@ endef
 # would pack files from it that the tree no longer has.
 define install_package
 	@rm -rf build
-	@$(call python_in,$(1)) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
+	@$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
 	@rm -rf build fewstep.egg-info
 endef
 

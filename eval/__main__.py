@@ -1,7 +1,7 @@
-"""The command ``fewstep`` (also ``python -m fewstep.eval``): starts the command line, or says how to install it.
+"""The command ``fewstep``, also ``python -m fewstep.eval``.
 
-The command line needs the ``[eval]`` extra, which the library itself does not. This module imports nothing of it before
-``main`` runs, so that a missing package is one line instead of a traceback.
+The command line needs the ``[eval]`` extra, which the library itself does not. This module imports nothing of
+it before ``main`` runs, so that a missing package is one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MISSING_EXTRA = 2
 def main() -> int | str | None:
     """Run the command line on ``sys.argv``.
 
-    Returns what ``sys.exit`` is to be given: the command line's own answer or, when a package of the ``[eval]`` extra is missing,
-    2 after one line on standard error that names the package and how to install it.
+    Returns what ``sys.exit`` is to be given: the command line's own answer or, when a package of the extra is
+    missing, 2 after one line on standard error that names it and says how to install the extra.
     """
     try:
         from .cli import main as run
@@ -24,9 +24,9 @@ def main() -> int | str | None:
         package = (error.name or "").partition(".")[0]
         if not package or package == (__package__ or "").partition(".")[0]:
             raise  # a module of our own is missing: a broken installation, not a missing extra
+        hint = 'pip install "fewstep[eval]"'
         print(
-            f'fewstep: the command line needs the package {package}. Install it with: pip install "fewstep[eval]"',
-            file=sys.stderr,
+            f"fewstep: the command line needs the package {package}. Install it with: {hint}", file=sys.stderr
         )
         return MISSING_EXTRA
     return run()

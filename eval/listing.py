@@ -56,7 +56,7 @@ def models() -> Rows:
         rows.append(
             {
                 "name": name,
-                "shape": list(target.shape),
+                "shape": list(target.model.shape),
                 "conditional": target.conditional,
                 "guidance": list(target.guidance),
                 "samples": target.samples,

@@ -23,7 +23,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,7 @@ DIGITS_LICENCE = "data CC BY 4.0 (UCI Optical Recognition of Handwritten Digits,
 
 _REFERENCE_SEED = 1 << 40
 """Far from any seed + index of the start noise, so that references and start noise share no random numbers."""
-_CHUNK = 128
+_CHUNK = 64
 """Images a U-Net call is cut into; larger batches leave the processor's cache and are slower."""
 
 
@@ -58,8 +58,8 @@ class EvalModel:
         shape: of one sample, without the batch.
         dtype: in which the model computes; start noise is best given in it.
         bind: see :meth:`denoiser`.
-        reference: indices -> (B, *shape), samples of the data distribution itself, one an index and class by class like the
-            model's; None if there are none.
+        reference: indices -> (B, *shape), samples of the data distribution itself, one an index and of the class that
+            the model's sample has; None if there are none.
         reference_size: how many different references there are; None for fresh samples without end.
         labels: indices -> (B,) int64 class labels; None for a model without classes.
         guided: whether there is an unconditional network, for guidance.
@@ -90,7 +90,7 @@ class EvalModel:
         return self.bind(indices, torch.device(device))
 
     def noise(self, indices: Sequence[int], seed: int = 0) -> Tensor:
-        """Unit start noise (B, *shape) in the model's dtype, on the CPU; times sigma of the first node it is the start."""
+        """Unit start noise (B, *shape) in the model's dtype, on the CPU; the start is that times the first sigma."""
         return initial_noise(indices, self.shape, seed).to(self.dtype)
 
 
@@ -129,7 +129,9 @@ def digits() -> Digits:
     """The 1,797 embedded digits: 1,400 to train on, 397 held out."""
     with np.load(DATA / "digits.npz") as data:
         images = torch.from_numpy(data["images"]).float()[:, None] / 8 - 1
-        labels, train, held_out = (torch.from_numpy(data[k].astype(np.int64)) for k in ("labels", "train", "held_out"))
+        labels, train, held_out = (
+            torch.from_numpy(data[k].astype(np.int64)) for k in ("labels", "train", "held_out")
+        )
     return Digits(images, labels, train, held_out)
 
 
@@ -204,7 +206,6 @@ def _signal_and_noise(noise_schedule: NoiseSchedule, t: Tensor, x: Tensor) -> tu
     return tuple(torch.from_numpy(np.asarray(a)).to(x)[:, None] for a in (alpha, sigma))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
 class KernelDenoiser:
     r"""Posterior mean E[x0 | x] for data p(x0) = mean over i of N(c_i, h^2 I) and x = alpha x0 + sigma eps.
 
@@ -213,32 +214,45 @@ class KernelDenoiser:
         E   = (alpha h^2 x + sigma^2 sum_i w_i c_i) / s^2
 
     The logits are -|x - alpha c_i|^2 / (2 s^2) less what does not depend on i; centres and x are taken relative to the
-    mean centre, which changes nothing but keeps float32 logits small. Limits sigma = 0 (E = x / alpha) and alpha = 0
+    mean centre, which changes nothing but keeps the logits small. Limits sigma = 0 (E = x / alpha) and alpha = 0
     (E = mean centre) need no special case.
 
-    Attributes: centres (K, D) relative to mean (D,), in float64; labels (K,) of the centres; h the bandwidth.
-    ``__call__(x, t, labels)``: x (B, ...), t (B,), labels (B,) restrict sample j to the centres with labels[j], None
-    to all. Computed in the dtype of x.
+    Args:
+        centres: c_i, (K, ...).
+        labels: (K,) classes of the centres.
+        h: bandwidth, in the unit of the centres.
+        noise_schedule: gives alpha and sigma at t.
+
+    ``denoiser(x, t, labels)``: x (B, ...) and t (B,); labels (B,) restrict sample j to the centres of class labels[j],
+    None allows all. Computed in the dtype of x, which is the dtype of the result.
     """
 
-    centres: Tensor
-    mean: Tensor
-    labels: Tensor
-    h: float
-    noise_schedule: NoiseSchedule
+    def __init__(self, centres: Tensor, labels: Tensor, h: float, noise_schedule: NoiseSchedule) -> None:
+        c = centres.flatten(1).double()
+        self.mean = c.mean(0)
+        self.centres, self.labels, self.h, self.noise_schedule = c - self.mean, labels, h, noise_schedule
+        self._ready: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def _tensors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Centres, half their squared norms, mean (all in x's dtype) and labels, on x's device."""
+        key = (x.dtype, x.device)
+        if key not in self._ready:
+            numbers = (self.centres, 0.5 * self.centres.square().sum(1), self.mean)
+            self._ready[key] = (*(a.to(x) for a in numbers), self.labels.to(x.device))
+        return self._ready[key]
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         alpha, sigma = _signal_and_noise(self.noise_schedule, t, x)
-        centres, mean = self.centres.to(x), self.mean.to(x)
+        centres, half_norms, mean, classes = self._tensors(x)
         y = x.flatten(1) - alpha * mean
         variance = (alpha * self.h).square() + sigma.square()
-        logits = torch.addmm(centres.square().sum(1), y, centres.T, beta=0)  # placeholder shape (K,) is not read
-        logits = (logits - 0.5 * alpha * centres.square().sum(1)) * (alpha / variance)
+        logits = torch.addcmul(
+            alpha / variance * y @ centres.T, alpha.square() / variance, half_norms, value=-1
+        )
         if labels is not None:
-            logits = logits.masked_fill(labels[:, None] != self.labels.to(x.device), -math.inf)
+            logits = logits.masked_fill(labels[:, None] != classes, -math.inf)
         nearest = torch.softmax(logits, 1) @ centres
-        denoised = mean + (alpha * self.h**2 * y + sigma.square() * nearest) / variance
-        return denoised.view_as(x)
+        return (mean + (alpha * self.h**2 * y + sigma.square() * nearest) / variance).view_as(x)
 
 
 @dataclass(frozen=True)
@@ -272,20 +286,20 @@ class MixtureDenoiser:
 # -- the models ------------------------------------------------------------------------------------------------------
 
 
-def digits_exact(*, bandwidth: float = 0.15, conditional: bool = True) -> EvalModel:
+def digits_exact(*, bandwidth: float = 0.15, conditional: bool = False) -> EvalModel:
     """Closed-form denoiser of the kernel-smoothed digits.
 
-    Options: ``bandwidth`` h > 0, the width of the Gaussian around each image, in units in which images span [-1, 1];
-    ``conditional``: samples are restricted to the images of their label (guidance needs it), or drawn from all.
+    Options: ``bandwidth`` h > 0, the width of the Gaussian around each image, where images span [-1, 1];
+    ``conditional``: samples are restricted to the images of their label, and there is guidance; otherwise there is
+    one field for all classes, which is harder (few evaluations decide between classes) and so tells solvers apart
+    better.
     """
     if not (math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError(f"the bandwidth of digits-exact must be positive, got {bandwidth:g} (default 0.15)")
     data = digits()
     noise_schedule = VP.linear()
     images, labels = data.images[data.train], data.labels[data.train]
-    centres = images.flatten(1).double()
-    mean = centres.mean(0)
-    denoiser = KernelDenoiser(centres - mean, mean, labels, bandwidth, noise_schedule)
+    denoiser = KernelDenoiser(images, labels, bandwidth, noise_schedule)
     of_class = [torch.nonzero(labels == c).flatten() for c in range(CLASSES)]
     everything = torch.arange(len(labels))
 
@@ -423,7 +437,9 @@ MODELS: dict[str, Callable[..., EvalModel]] = {
 
 def _matched(labels: Tensor, x: Tensor) -> Tensor:
     if len(labels) != x.shape[0]:
-        raise ValueError(f"this denoiser is bound to {len(labels)} sample indices, x has {x.shape[0]} samples")
+        raise ValueError(
+            f"this denoiser is bound to {len(labels)} sample indices, x has {x.shape[0]} samples"
+        )
     return labels
 
 
@@ -433,8 +449,8 @@ def _matched(labels: Tensor, x: Tensor) -> Tensor:
 def load_model(name: str) -> EvalModel:
     """The model that a name means.
 
-    ``builtin:NAME[:option=value,...]`` is one of :data:`MODELS`. ``module:callable`` imports the dotted module (the current
-    folder is searched as well) and calls ``callable()``, which returns an :class:`EvalModel` or a
+    ``builtin:NAME[:option=value,...]`` is one of :data:`MODELS`. ``module:callable`` imports the dotted module (the
+    current folder is searched as well) and calls ``callable()``, which returns an :class:`EvalModel` or a
     :class:`fewstep.Denoiser` with its ``shape``. Pipelines (folder or Hub id) are not loaded here.
 
     Raises ValueError for anything else, naming what is allowed and the nearest embedded model.
@@ -457,13 +473,7 @@ def _builtin(name: str) -> EvalModel:
     options = bind(options_of(MODELS[key]), given, f"model {key}")
     model = MODELS[key](**options)
     spec = PREFIX + render(key, options)
-    return _replace(model, name=spec, fingerprint=f"{spec}@{model.fingerprint[:16]}")
-
-
-def _replace(model: EvalModel, **changes: Any) -> EvalModel:
-    from dataclasses import replace
-
-    return replace(model, **changes)
+    return replace(model, name=spec, fingerprint=f"{spec}@{model.fingerprint[:16]}")
 
 
 def _from_callable(name: str, module: str, attribute: str) -> EvalModel:
@@ -475,16 +485,22 @@ def _from_callable(name: str, module: str, attribute: str) -> EvalModel:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise  # the module is there and misses something itself: its traceback says what
         near = suggestion(PREFIX + module, [PREFIX + n for n in MODELS])
-        raise ValueError(f"model {name!r}: no module {error.name!r} on the Python path or in {os.getcwd()}{near}") from None
+        raise ValueError(
+            f"model {name!r}: no module {error.name!r} on the Python path or in {os.getcwd()}{near}"
+        ) from None
     factory = getattr(loaded, attribute, None)
     if not callable(factory):
         names = [n for n, value in vars(loaded).items() if callable(value) and not n.startswith("_")]
-        raise ValueError(f"model {name!r}: {module} has no callable {attribute!r}{suggestion(attribute, names)}")
+        raise ValueError(
+            f"model {name!r}: {module} has no callable {attribute!r}{suggestion(attribute, names)}"
+        )
     made = factory()
     if isinstance(made, EvalModel):
         return made
     if not isinstance(made, Denoiser):
-        raise ValueError(f"model {name!r}: {attribute}() must return a Denoiser or an EvalModel, got {type(made).__name__}")
+        raise ValueError(
+            f"model {name!r}: {attribute}() must return a Denoiser or an EvalModel, got {type(made).__name__}"
+        )
     if made.shape is None:
         raise ValueError(f"model {name!r}: its Denoiser needs shape=..., the shape of one sample")
     shape = made.shape

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from .processes import Done, default_processes, run
@@ -27,7 +28,7 @@ from .summary import Summary, write
 from .sweep import Config, Panel, Plan, expand
 from .table import metric_table, result_tables
 from .targets import load_target
-from .work import chunks_of, jobs, pending
+from .work import Job, chunks_of, jobs, pending
 
 RESULTS = Path("fewstep-results")
 
@@ -56,7 +57,7 @@ def evaluate(
         ValueError: a mistake in the configuration or a folder that cannot be written, before any work.
         Interrupted: after Ctrl-C or SIGTERM.
     """
-    with console.status("loading models") if console.is_terminal else nullcontext():
+    with _quiet_threads(config.threads), _status(console, "loading models"):
         plan = expand(config)
     store = Store(out or default_folder(plan))
     store.prepare()
@@ -79,15 +80,39 @@ def evaluate(
     with _stoppable():
         try:
             _display(plan, store, console, count)
-            with console.status("writing the report") if console.is_terminal else nullcontext():
+            with _status(console, "writing the report"):
                 return finish(True), store
         except KeyboardInterrupt as stop:
             status = stop.args[0] if stop.args else 130
+            console.print("[dim]stopping; writing the report of what there is[/dim]")
             try:
                 finish(False)
             except (KeyboardInterrupt, ValueError, OSError):
                 pass  # told twice, or the folder is gone: the chunks are what counts
             raise Interrupted(status) from None
+
+
+def _status(console: Console, words: str) -> AbstractContextManager[Any]:
+    return console.status(words) if console.is_terminal else nullcontext()
+
+
+@contextmanager
+def _quiet_threads(threads: int) -> Iterator[None]:
+    """Torch with few threads for a while: on a loaded machine a small network is slower with many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rebuild(folder: Path) -> tuple[dict[str, Any], Store]:
+    """Compute the numbers of a results folder again and write its files."""
+    store = Store(folder)
+    record = store.load_json("run.json")
+    store.prepare()
+    return write(store, record), store
 
 
 @contextmanager
@@ -228,13 +253,14 @@ class _Board:
         at = next(i for i, p in enumerate(self.plan.panels) if p.id == panel.id)
         if job.kind != "cell":
             return None
-        index = next(i for i, c in enumerate(panel.cells) if c.key == job.key)
-        if self.panels[at]["cells"][index]["status"] != "pending":
+        places = [i for i, c in enumerate(panel.cells) if c.key == job.key]  # two names may mean one program
+        if self.panels[at]["cells"][places[0]]["status"] != "pending":
             return None
-        cell = self.summaries[at].cell(panel.cells[index])
+        cell = self.summaries[at].cell(panel.cells[places[0]])
         if cell["status"] == "pending":
             return None
-        self.panels[at]["cells"][index] = cell
+        for index in places:
+            self.panels[at]["cells"][index] = {**cell, "row": panel.cells[index].row}
         if all(c["status"] != "pending" for c in self.panels[at]["cells"]):
             self.panels[at] |= self.summaries[at].head()
         return cell
@@ -255,16 +281,15 @@ def _display(plan: Plan, store: Store, console: Console, processes: int) -> None
         TextColumn("{task.description}"),
         BarColumn(bar_width=28, complete_style="cyan", finished_style="cyan"),
         TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         console=console,
     )
     total = sum(_weight(plan, p, j, len(c)) for p in plan.panels for j in jobs(p) for c in chunks_of(p, j, plan.config.chunk))
     left = sum(_weight(plan, p, j, len(c)) for p, j, c in pending(plan, store))
     if not left:
         return
-    task = progress.add_task("", total=total, completed=total - left)
+    task = progress.add_task("starting", total=total, completed=total - left, left="")
+    began, done_before = time.monotonic(), total - left
 
     def view() -> RenderableType:
         if board.shown >= len(board.panels):
@@ -274,6 +299,8 @@ def _display(plan: Plan, store: Store, console: Console, processes: int) -> None
     live = Live(view(), console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
     with live or nullcontext():
         for done in run(plan, store, processes):
+            completed = progress.tasks[0].completed
+            progress.update(task, left=_left(time.monotonic() - began, completed - done_before, total - completed))
             if done is None:
                 continue
             panel, job, chunk = done
@@ -287,9 +314,21 @@ def _display(plan: Plan, store: Store, console: Console, processes: int) -> None
                 live.update(view())
 
 
-def _weight(plan: Plan, panel: Panel, job: Any, samples: int) -> float:
+CHUNK_OVERHEAD = 12.0
+"""Milliseconds a chunk costs besides the network: solver, features, writing."""
+
+
+def _weight(plan: Plan, panel: Panel, job: Job, samples: int) -> float:
     """Expected milliseconds of a job on some samples."""
-    return samples * job.steps * panel.cost * plan.milliseconds[panel.model]
+    return samples * job.steps * panel.cost * plan.milliseconds[panel.model] + CHUNK_OVERHEAD
+
+
+def _left(seconds: float, done: float, todo: float) -> str:
+    """Time left at the pace so far; nothing while the pace is not known."""
+    if seconds < 3.0 or done < 0.02 * todo:
+        return ""
+    minutes, rest = divmod(round(seconds * todo / done), 60)
+    return f"{minutes}:{rest:02d} left"
 
 
 def _doing(panel: Panel, kind: str, solver: str) -> str:

@@ -101,7 +101,7 @@ class Summary:
             if not self.store.has(key, chunk):
                 break
             arrays, _ = self.store.load_chunk(key, chunk)
-            if not len(arrays["images"]):
+            if not len(arrays.get("images", ())):
                 break
             kept.append(arrays["images"])
         return np.concatenate(kept) if kept else None

@@ -28,7 +28,6 @@ PAPER_EPS = "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sam
     order=2,
     reference=PAPER,
     aliases={
-        "dpmsolver++": "dpmpp_2m",
         "dpm_solver_multistep": "dpmpp_2m",
         "res_multistep": "dpmpp_2m:solver_type=heun",
         "dpm_2m": "dpmpp_2m:form=epsilon",
@@ -45,8 +44,8 @@ def dpmpp_2m(
 ) -> Linear:
     """DPM-Solver++(2M); with ``form=epsilon`` DPM-Solver-2 multistep.
 
-    midpoint: ``base + c P_1 (m_0 + D1 / 2)``; heun: ``base + c (P_1 m_0 + P_2 D1)``. The first step, a step to
-    sigma = 0 and, with ``lower_order_final``, the last step are DDIM's.
+    ``solver_type=midpoint``: ``base + c P_1 (m_0 + D1 / 2)``; ``heun``: ``base + c (P_1 m_0 + P_2 D1)``. The first
+    step, a step to sigma = 0 and, with ``lower_order_final``, the last step are DDIM's.
     """
     return _multistep(trace, x, grid, 2, form, solver_type, lower_order_final)
 
@@ -72,7 +71,8 @@ def dpmpp_3m(
     ``base + c (P_1 m_0 + P_2 D1' + P_3 D2)``, ``D1' = D1 + r_0 / (r_0 + r_1) (D1 - D1_prev)``,
     ``D2 = (D1 - D1_prev) / (r_0 + r_1)``. D2 is a second divided difference, half the second derivative that P_3
     belongs to; the published code has this half weight everywhere and it is kept under this name.
-    ``solver_type`` is the rule of the second-order steps, ``lower_order_final`` ends with orders 2 and 1.
+    ``form`` is the prediction that is extrapolated, ``solver_type`` the rule of the second-order steps;
+    ``lower_order_final`` ends with orders 2 and 1.
     """
     return _multistep(trace, x, grid, 3, form, solver_type, lower_order_final)
 

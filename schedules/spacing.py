@@ -115,18 +115,30 @@ def _range(noise_schedule: NoiseSchedule, sigma_min: float | None, sigma_max: fl
     return low, high
 
 
-@spacing("linspace", aliases=("sgm_uniform",))
+@spacing("linspace")
 def linspace(noise_schedule: NoiseSchedule, steps: int) -> Array:
     """Uniform in the index from T - 1, the last index 0 left out: ``linspace(T - 1, 0, steps + 1)[:-1]``."""
     top = len(noise_schedule.train_levels) - 1.0
-    return at_index(noise_schedule, np.linspace(top, 0.0, steps + 1)[:-1])
+    return at_index(noise_schedule, _rounded(noise_schedule, np.linspace(top, 0.0, steps + 1)[:-1]))
 
 
 @spacing("normal")
 def normal(noise_schedule: NoiseSchedule, steps: int) -> Array:
-    """Uniform in the index from T - 1 down to 0, both included (Euler's linspace in diffusers)."""
-    top = len(noise_schedule.train_levels) - 1.0
-    return at_index(noise_schedule, np.linspace(top, 0.0, steps) if steps > 1 else np.array([top]))
+    """Uniform in the index from T - 1 down to 0, both included (ComfyUI; Euler's linspace in diffusers)."""
+    return at_index(noise_schedule, np.linspace(*_ends(noise_schedule), steps))
+
+
+@spacing("sgm_uniform")
+def sgm_uniform(noise_schedule: NoiseSchedule, steps: int) -> Array:
+    """As ``normal`` with one more step, the last left out: the end is not visited twice (ComfyUI)."""
+    return at_index(noise_schedule, np.linspace(*_ends(noise_schedule), steps + 1)[:-1])
+
+
+def _ends(noise_schedule: NoiseSchedule) -> tuple[float, float]:
+    """First and last index of ``normal``. On flow models the last one is T times a level that is shifted already, so
+    that it is shifted twice: kept, because these names mean what ComfyUI computes."""
+    n = len(noise_schedule.train_levels)
+    return n - 1.0, n * noise_schedule.level_min - 1.0 if noise_schedule.frame == "flow" else 0.0
 
 
 @spacing("leading")

@@ -1,8 +1,6 @@
-"""Fixtures that every test may use. It stands here and not at the root, where it would become a module of the package."""
+"""Fixtures for every test. This file is not at the root, where it would become a module of the package."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import golden_files
 import pytest
@@ -10,23 +8,21 @@ import pytest
 
 @pytest.fixture(scope="session")
 def golden() -> golden_files.Golden:
-    """The golden files (tests/golden, or the folder named by FEWSTEP_GOLDEN): iterate for the index, ``.case(name)`` for one run.
+    """The golden files of tests/golden, or of the folder that FEWSTEP_GOLDEN names.
 
-    For ``parametrize``, which needs the names before any fixture exists: ``import golden_files; golden_files.load().names("unipc")``.
+    Iterate for the index; ``golden.case(name)`` is one run. ``parametrize`` needs the names before any fixture
+    exists: ``golden_files.load().names("unipc")`` after ``import golden_files``.
     """
     return golden_files.load()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` on a machine without one. torch is not even imported for a run that has no such test."""
+    """Skip tests marked ``gpu`` on a machine without one."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked or (importlib.util.find_spec("torch") and _cuda()):
+    if not marked:
         return
-    for item in marked:
-        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    import torch  # only for a run that has such tests
 
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

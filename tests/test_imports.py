@@ -22,14 +22,26 @@ BELOW: dict[str, set[str]] = {
     "eval": {"schedules", "samplers", "tuning", "guidance", "hosts"},
 }
 FRONT_DOOR = "the package's __init__"
-# Outside packages: at any place in the layer's files, and only inside functions (imported by those who use it).
+# Outside packages: at any place in the layer's files, and only inside functions (imported by those who use
+# it).
 OUTSIDE: dict[str, tuple[set[str], set[str]]] = {
     "schedules": ({"numpy"}, set()),
     "samplers": ({"numpy", "torch"}, {"triton"}),
     "guidance": ({"numpy", "torch"}, set()),
     "tuning": ({"numpy", "torch"}, {"safetensors", "scipy"}),
 }
-HEAVY = ["accelerate", "comfy", "diffusers", "PIL", "plotly", "rich", "safetensors", "scipy", "sklearn", "torchmetrics"]
+HEAVY = [
+    "accelerate",
+    "comfy",
+    "diffusers",
+    "PIL",
+    "plotly",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torchmetrics",
+]
 HEAVY += ["torchvision", "transformers", "triton", "typer"]
 
 
@@ -48,9 +60,11 @@ class Import:
 
 
 def imports_of(source: str, inside: tuple[str, ...]) -> Iterator[Import]:
-    """The imports in a file of the package ``inside`` (folders below the root), also those in functions and behind TYPE_CHECKING.
+    """The imports in a file of the package ``inside`` (folders below the root), also those in functions and
+    behind TYPE_CHECKING.
 
-    ``import_module`` with a literal name counts. A relative import that climbs above the package has the target ``..``.
+    ``import_module`` with a literal name counts. A relative import that climbs above the package has the
+    target ``..``.
     """
 
     def resolve(level: int, module: str) -> str:
@@ -70,14 +84,19 @@ def imports_of(source: str, inside: tuple[str, ...]) -> Iterator[Import]:
             else:  # from .. import a, b: each name is a layer, or something the front door defines
                 for alias in node.names:
                     yield Import(alias.name if alias.name in BELOW else "", True, node.lineno, in_function)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+        ):
             name = node.args[0] if node.args else None
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 module = name.value.lstrip(".")
                 level = len(name.value) - len(module)
                 yield Import(resolve(level, module) if level else module, level > 0, node.lineno, in_function)
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+            yield from walk(
+                child, in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            )
 
     yield from walk(ast.parse(source), False)
 
@@ -96,11 +115,16 @@ def complaints(source: str, inside: tuple[str, ...], file: str = "file") -> list
                 if not (layer == "eval" and item.layer == FRONT_DOOR):
                     found.append(f"{where}: {layer} must not import {item.layer}")
         elif name == "fewstep" or (name in BELOW and name not in sys.stdlib_module_names):
-            found.append(f"{where}: absolute import of {item.target}; inside the library imports are relative")
+            found.append(
+                f"{where}: absolute import of {item.target}; inside the library imports are relative"
+            )
         elif name not in sys.stdlib_module_names and layer in OUTSIDE:
             anywhere, inside_functions = OUTSIDE[layer]
             if name not in anywhere and not (item.in_function and name in inside_functions):
-                found.append(f"{where}: {layer} must not import {name}" + ("" if item.in_function else " at module level"))
+                found.append(
+                    f"{where}: {layer} must not import {name}"
+                    + ("" if item.in_function else " at module level")
+                )
     return found
 
 
@@ -167,10 +191,24 @@ def test_the_package_list_is_the_folders() -> None:
 
 
 def test_a_folder_missing_from_the_list_is_found(tmp_path: Path) -> None:
-    for folder in ("", "samplers", "samplers/tables", "newpkg", "tests/helpers", "docs", "samplers/__pycache__", ".venv-test/x"):
+    for folder in (
+        "",
+        "samplers",
+        "samplers/tables",
+        "newpkg",
+        "tests/helpers",
+        "docs",
+        "samplers/__pycache__",
+        ".venv-test/x",
+    ):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "__init__.py").touch()
-    assert repository.packages_on_disk(tmp_path) == ["fewstep", "fewstep.newpkg", "fewstep.samplers", "fewstep.samplers.tables"]
+    assert repository.packages_on_disk(tmp_path) == [
+        "fewstep",
+        "fewstep.newpkg",
+        "fewstep.samplers",
+        "fewstep.samplers.tables",
+    ]
 
 
 def test_no_other_module_at_the_root() -> None:
@@ -185,26 +223,30 @@ between = time.perf_counter()
 before = set(sys.modules)
 import fewstep
 end = time.perf_counter()
-print(json.dumps({"torch": between - start, "fewstep": end - between, "new": sorted(set(sys.modules) - before)}))
+new = sorted(set(sys.modules) - before)
+print(json.dumps({"torch": between - start, "fewstep": end - between, "new": new}))
 """
 
 
 def test_import_fewstep_brings_nothing_heavy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The set of modules is asserted; the time is only printed, because machines differ."""
-    pytest.importorskip("fewstep")
     done = repository.python(["-c", PROBE], cwd=tmp_path, env=_path_of_fewstep())
     assert done.returncode == 0, done.stdout
     result = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
-        print(f"\nimport torch {result['torch'] * 1e3:.0f} ms, import fewstep after it {result['fewstep'] * 1e3:.0f} ms")
+        print(f"\nimport torch: {result['torch']:.3f} s; import fewstep after it: {result['fewstep']:.3f} s")
     loaded = {name.partition(".")[0] for name in result["new"]}
     assert not loaded & set(HEAVY)
-    assert not {name for name in result["new"] if name.startswith(("fewstep.eval", "fewstep.hosts.diffusers", "fewstep.hosts.comfyui"))}
+    assert not {
+        name
+        for name in result["new"]
+        if name.startswith(("fewstep.eval", "fewstep.hosts.diffusers", "fewstep.hosts.comfyui"))
+    }
 
 
 ALONE = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("alone", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
+spec = importlib.util.spec_from_file_location("alone", sys.argv[1] + "/__init__.py")
 module = importlib.util.module_from_spec(spec)
 sys.modules["alone"] = module
 spec.loader.exec_module(module)
@@ -220,7 +262,9 @@ def test_schedules_load_without_torch(tmp_path: Path) -> None:
 
 
 def _path_of_fewstep() -> dict[str, str]:
-    """Where this process found fewstep, for a subprocess: an installed copy needs nothing, a linked tree its folder."""
+    """Where this process found fewstep, for a subprocess: an installed copy needs nothing, a linked tree its
+    folder.
+    """
     import fewstep
 
     folder = Path(fewstep.__path__[0]).parent

@@ -1,4 +1,5 @@
-"""The repository's root is the package: the conditions under which that works, each tried out on a copy of the tree.
+"""The repository's root is the package: the conditions under which that works, each tried out on a copy of
+the tree.
 
 The numbers are those of docs/development.md, which says how each was found.
 """
@@ -21,7 +22,14 @@ import repository
 pytestmark = pytest.mark.xdist_group("packaging")  # the builds are shared, so they stay on one worker
 
 # Planted in the tree that is built: none of it may reach the wheel.
-STRAYS = ["notes.txt", "samplers/scratch.json", "docs/stray.md", "tests/test_stray.py", "examples/stray.py", "eval/table.csv"]
+STRAYS = [
+    "notes.txt",
+    "samplers/scratch.json",
+    "docs/stray.md",
+    "tests/test_stray.py",
+    "examples/stray.py",
+    "eval/table.csv",
+]
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +73,15 @@ def run(code: str, cwd: Path, *arguments: str | Path, interpreter: str | Path = 
 # 1. pytest imports the root's __init__.py as a bare module when the checkout's name is not an identifier.
 
 
-@pytest.mark.parametrize("name", ["few-step-1.0", "ComfyUI-fewstep", "fewstep", "main"])
+@pytest.mark.parametrize(
+    "name", ["few-step-1.0", "ComfyUI-fewstep", "fewstep", pytest.param("main", marks=pytest.mark.slow)]
+)
 def test_1_pytest_runs_in_a_checkout_of_any_name(name: str, tmp_path: Path) -> None:
     checkout = repository.copy_to(tmp_path / name, library_only=True)
     (checkout / "tests" / "helpers").mkdir(parents=True)
-    (checkout / "tests" / "test_trivial.py").write_text("def test_trivial():\n    assert True\n", encoding="utf-8")
+    (checkout / "tests" / "test_trivial.py").write_text(
+        "def test_trivial():\n    assert True\n", encoding="utf-8"
+    )
     done = repository.python(["-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=checkout)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
@@ -90,12 +102,16 @@ assert module.__package__ == ""
 
 
 def test_2_the_front_door_is_the_only_module_at_the_top(wheel: Path) -> None:
-    assert [name for name in names_in(wheel) if re.fullmatch(r"fewstep/[^/]*\.py", name)] == ["fewstep/__init__.py"]
+    assert [name for name in names_in(wheel) if re.fullmatch(r"fewstep/[^/]*\.py", name)] == [
+        "fewstep/__init__.py"
+    ]
 
 
 def test_2_a_module_at_the_root_would_be_swept_in(tree: Path, tmp_path: Path) -> None:
     """Why the rule exists. When this fails, setuptools has changed and the rule may go."""
-    copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("tests", "docs", "data", "*.egg-info"))
+    copy = shutil.copytree(
+        tree, tmp_path / "tree", ignore=shutil.ignore_patterns("tests", "docs", "data", "*.egg-info")
+    )
     (copy / "conftest.py").touch()
     assert "fewstep/conftest.py" in names_in(repository.build("wheel", copy, tmp_path / "dist"))
 
@@ -130,14 +146,21 @@ import importlib.metadata as metadata, json, fewstep
 entry = [e.value for e in metadata.entry_points(group="console_scripts") if e.name == "fewstep"]
 print(json.dumps([fewstep.__version__, metadata.version("fewstep"), entry, metadata.requires("fewstep")]))
 """
-    version, declared, entry, requires = json.loads(run(code, tmp_path, interpreter=installed).splitlines()[-1])
+    version, declared, entry, requires = json.loads(
+        run(code, tmp_path, interpreter=installed).splitlines()[-1]
+    )
     assert version == declared == repository.settings()["project"]["version"]
     assert "fewstep.eval.__main__:main" in entry
-    assert sorted(re.split(r"[^a-z]", line)[0] for line in requires if "extra ==" not in line) == ["numpy", "torch"]
+    assert sorted(re.split(r"[^a-z]", line)[0] for line in requires if "extra ==" not in line) == [
+        "numpy",
+        "torch",
+    ]
 
 
 def test_3_the_command_says_how_to_install_its_packages(installed: Path, tmp_path: Path) -> None:
-    """Without the [eval] extra: one line, no traceback. Missing packages are played by a finder that refuses them."""
+    """Without the [eval] extra: one line, no traceback. Missing packages are played by a finder that refuses
+    them.
+    """
     code = """
 import sys
 class Refuse:
@@ -151,7 +174,9 @@ sys.exit(main())
 """
     done = repository.python(["-c", code], cwd=tmp_path, interpreter=installed)
     assert done.returncode == 2
-    assert len(done.stdout.strip().splitlines()) == 1 and 'pip install "fewstep[eval]"' in done.stdout, done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1 and 'pip install "fewstep[eval]"' in done.stdout, (
+        done.stdout
+    )
 
 
 # 4. editable_mode=compat does not work with this mapping; strict does, and type checkers see through it.
@@ -171,10 +196,11 @@ def test_4_the_strict_editable_install_works(tmp_path: Path) -> None:
     shutil.rmtree(site / "fewstep")
     for info in site.glob("fewstep-*.dist-info"):
         shutil.rmtree(info)
-    build = "import setuptools.build_meta as b, sys; print(b.build_editable(sys.argv[1], {'editable_mode': 'strict'}))"
     out = tmp_path / "editable"
     out.mkdir()
-    done = repository.python(["-c", build, out], cwd=tree)
+    strict = {"editable_mode": "strict"}
+    call = f"import setuptools.build_meta as backend; backend.build_editable({str(out)!r}, {strict!r})"
+    done = repository.python(["-c", call], cwd=tree)
     assert done.returncode == 0, done.stdout
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
         archive.extractall(site)
@@ -196,16 +222,24 @@ def test_5_a_planted_type_error_is_found(installed: Path, tmp_path: Path) -> Non
     if importlib.util.find_spec("pyright") is None:
         pytest.skip("pyright is not installed")
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}', encoding="utf-8")
-    (tmp_path / "user.py").write_text("import fewstep\n\nwrong: int = fewstep.__version__\nright: str = fewstep.__version__\n")
-    done = repository.python(["-m", "pyright", "--outputjson", "--pythonpath", installed, "user.py"], cwd=tmp_path)
+    (tmp_path / "user.py").write_text(
+        "import fewstep\n\nwrong: int = fewstep.__version__\nright: str = fewstep.__version__\n"
+    )
+    done = repository.python(
+        ["-m", "pyright", "--outputjson", "--pythonpath", installed, "user.py"], cwd=tmp_path
+    )
     report = json.loads(done.stdout[done.stdout.index("{") :])
-    assert [(item["rule"], item["range"]["start"]["line"]) for item in report["generalDiagnostics"]] == [("reportAssignmentType", 2)]
+    assert [(item["rule"], item["range"]["start"]["line"]) for item in report["generalDiagnostics"]] == [
+        ("reportAssignmentType", 2)
+    ]
 
 
 # 6. A clone in ComfyUI's custom_nodes and a pip install are two packages that must not mix.
-# 7. ComfyUI looks for NODE_CLASS_MAPPINGS with hasattr: a module-level __getattr__ answers, and nobody else pays for it.
+# 7. ComfyUI looks for NODE_CLASS_MAPPINGS with hasattr: a module-level __getattr__ answers, and nobody else
+# pays for it.
 
-# As ComfyUI loads a custom node: by file location, under the folder's path as the module's name, its dots replaced.
+# As ComfyUI loads a custom node: by file location, under the folder's path as the module's name, its dots
+# replaced.
 CUSTOM_NODE = """
 import importlib.util, json, os, sys
 path_before = list(sys.path)
@@ -225,7 +259,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_6_a_clone_loads_as_a_custom_node(clone: Path, tmp_path: Path) -> None:
-    """No sys.path edit, and not one module named fewstep: an absolute import anywhere would bring the installed copy in."""
+    """No sys.path edit and no module named fewstep: an absolute import would bring the installed copy in."""
     other = tmp_path / "another_node"  # another custom node has put its own `samplers` on the path
     (other / "samplers").mkdir(parents=True)
     (other / "samplers" / "__init__.py").write_text("raise ImportError('the other node')\n", encoding="utf-8")
@@ -237,7 +271,8 @@ import importlib
 for layer in ("schedules", "samplers", "guidance", "hosts"):
     importlib.import_module("." + layer, name)
 assert sys.path == path_before
-print(json.dumps([[m for m in sys.modules if m.partition(".")[0] == "fewstep"], sum(m.startswith(name + ".") for m in sys.modules)]))
+strangers = [m for m in sys.modules if m.partition(".")[0] == "fewstep"]
+print(json.dumps([strangers, sum(m.startswith(name + ".") for m in sys.modules)]))
 """
     strangers, own = json.loads(run(code, tmp_path, clone).splitlines()[-1])
     assert strangers == []
@@ -256,7 +291,7 @@ assert fewstep.__version__ == module.__version__
 
 
 def test_7_comfyui_asks_for_the_mappings(clone: Path, tmp_path: Path) -> None:
-    """hasattr never raises; where there are nodes, both names are there. Any other unknown name is an AttributeError."""
+    """hasattr never raises: with nodes both names are there, and an unknown name is an AttributeError."""
     code = f"""
 {CUSTOM_NODE}
 names = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -271,7 +306,11 @@ print(json.dumps([before, found, hasattr(module, "no_such_name"), hasattr(module
 
 
 def test_7_import_fewstep_does_not_load_the_nodes(installed: Path, tmp_path: Path) -> None:
-    run("import fewstep, sys; assert 'fewstep.hosts.comfyui' not in sys.modules", tmp_path, interpreter=installed)
+    run(
+        "import fewstep, sys; assert 'fewstep.hosts.comfyui' not in sys.modules",
+        tmp_path,
+        interpreter=installed,
+    )
 
 
 # 8. Only what is declared goes in, or the root sweeps in the repository.
@@ -281,6 +320,10 @@ def allowed(name: str, package_data: Sequence[str]) -> bool:
     if name.startswith("fewstep/eval/data/"):
         return "/__pycache__/" not in name
     return name.endswith(".py") or name in package_data or ".dist-info/" in name
+
+
+def test_8_only_declared_data_is_packed() -> None:
+    assert repository.settings()["tool"]["setuptools"]["include-package-data"] is False
 
 
 def test_8_the_wheel_holds_nothing_else(wheel: Path) -> None:
@@ -310,7 +353,9 @@ def test_8_the_wheel_carries_the_licence(wheel: Path) -> None:
 
 def test_8_the_source_archive_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(tmp_path)
+        archive.extractall(tmp_path, filter="data") if hasattr(
+            tarfile, "data_filter"
+        ) else archive.extractall(tmp_path)
     (source,) = (folder for folder in tmp_path.iterdir() if folder.is_dir())
     again = repository.build("wheel", source, tmp_path / "dist")
     assert sorted(names_in(again)) == sorted(names_in(wheel))

@@ -1,9 +1,9 @@
 """Reads the golden files: runs of the original implementations on a Gaussian mixture with a known denoiser.
 
-A folder of golden files holds ``INDEX.json`` (one entry a case: name, family, n, nfe, tol, repo, commit), one ``FAMILY.npz`` with
-arrays named ``CASE/ARRAY`` and the family's mixture ``gmm_w``, ``gmm_mu``, ``gmm_var``, and ``guidance/*.npz``. The environment variable
-``FEWSTEP_GOLDEN`` names another folder of this form, with other mixtures, step counts and parameters: read those from a case's
-``meta`` and write none into a test.
+A folder of golden files holds ``INDEX.json`` (one entry a case: name, family, n, nfe, tol, repo, commit), one
+``FAMILY.npz`` with arrays named ``CASE/ARRAY`` and the family's mixture ``gmm_w``, ``gmm_mu``, ``gmm_var``,
+and ``guidance/*.npz``. The environment variable ``FEWSTEP_GOLDEN`` names another folder of this form, with
+other mixtures, step counts and parameters: read those from a case's ``meta`` and write none into a test.
 
     for name in golden_files.load().names("unipc"): ...     # at collection, for parametrize
     case = golden.case("unipc_bh2_o3_n10")                  # in a test, from the fixture `golden`
@@ -32,7 +32,8 @@ class Mixture:
 
     ``w`` (K,), ``mu`` and ``var`` (K, d). States are (..., d); alpha and sigma broadcast against (...).
     With v_k = alpha^2 var_k + sigma^2 and responsibilities r_k(x):
-    denoised = sum_k r_k (mu_k + alpha var_k (x - alpha mu_k) / v_k), epsilon = sum_k r_k sigma (x - alpha mu_k) / v_k.
+    denoised = sum_k r_k (mu_k + alpha var_k (x - alpha mu_k) / v_k),
+    epsilon = sum_k r_k sigma (x - alpha mu_k) / v_k.
     """
 
     w: NDArray[np.float64]
@@ -72,7 +73,9 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One run of a reference implementation: its index entry, its parsed ``meta``, its arrays and the model it ran on."""
+    """One run of a reference implementation: its index entry, its parsed ``meta``, its arrays and the model
+    it ran on.
+    """
 
     name: str
     entry: Mapping[str, Any]
@@ -106,8 +109,12 @@ class Golden:
         self.folder = Path(folder)
         index = self.folder / "INDEX.json"
         if not index.is_file():
-            raise FileNotFoundError(f"no golden files: {index} does not exist (FEWSTEP_GOLDEN names the folder)")
-        self.index: dict[str, dict[str, Any]] = {e["name"]: e for e in json.loads(index.read_text(encoding="utf-8"))}
+            raise FileNotFoundError(
+                f"no golden files: {index} does not exist (FEWSTEP_GOLDEN names the folder)"
+            )
+        self.index: dict[str, dict[str, Any]] = {
+            e["name"]: e for e in json.loads(index.read_text(encoding="utf-8"))
+        }
         self._families: dict[str, tuple[Mixture, dict[str, dict[str, NDArray[Any]]]]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -117,9 +124,13 @@ class Golden:
         return len(self.index)
 
     def names(self, *families: str, prefix: str = "") -> list[str]:
-        """Names of the cases of these families (all families if none is given) that start with ``prefix``, in the index's order."""
+        """Names of the cases of these families (all families if none is given) that start with ``prefix``, in
+        the index's order.
+        """
         return [
-            name for name, entry in self.index.items() if (not families or entry["family"] in families) and name.startswith(prefix)
+            name
+            for name, entry in self.index.items()
+            if (not families or entry["family"] in families) and name.startswith(prefix)
         ]
 
     def case(self, name: str) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -16,16 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_PACKAGES = {"tests", "docs", "examples", "benchmarks", "example_workflows", "build", "dist"}
 # What a clone does not have: environments, caches, builds, results.
 _LEFT_BEHIND = shutil.ignore_patterns(
-    ".git", ".venv*", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "results", "runs", "reports"
+    ".git", ".venv*", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "results", "fewstep-results"
 )
 
 
 def settings(root: Path = ROOT) -> dict[str, Any]:
     """pyproject.toml, parsed."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # comes with pytest on Python 3.10
+    # Python 3.10 has no tomllib; pytest brings tomli there.
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -37,7 +36,8 @@ def packages_on_disk(root: Path = ROOT) -> list[str]:
         folders[:] = [
             name
             for name in folders
-            if not name.startswith((".", "_")) and not (here == Path() and (name in NOT_PACKAGES or name.endswith(".egg-info")))
+            if not name.startswith((".", "_"))
+            and not (here == Path() and (name in NOT_PACKAGES or name.endswith(".egg-info")))
         ]
         if "__init__.py" in files:
             found.append(".".join(("fewstep", *here.parts)))
@@ -54,7 +54,10 @@ def library_files(root: Path = ROOT) -> list[Path]:
 
 
 def copy_to(destination: Path, *, library_only: bool = False) -> Path:
-    """Copy the tree, as a clone would hold it, to a new folder; ``library_only`` leaves out what is not built into the wheel."""
+    """Copy the tree, as a clone would hold it, to a new folder.
+
+    ``library_only`` leaves out the folders that are not part of the package.
+    """
 
     def ignore(folder: str, names: list[str]) -> set[str]:
         ignored = set(_LEFT_BEHIND(folder, names))
@@ -73,8 +76,12 @@ def python(
     interpreter: str | Path = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run an interpreter in a folder of its own, free of this process's PYTHONPATH and of pytest's settings."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHONPATH", "PYTHONHOME"))}
+    """Run an interpreter in a folder, free of this process's PYTHONPATH and of pytest's settings."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PYTEST_", "PYTHONPATH", "PYTHONHOME"))
+    }
     return subprocess.run(
         [str(interpreter), *map(str, arguments)],
         cwd=cwd,
@@ -88,7 +95,7 @@ def python(
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Build a ``wheel`` or an ``sdist`` of a tree with this environment's setuptools; nothing is downloaded."""
+    """Build a ``wheel`` or an ``sdist`` of a tree with this environment's setuptools, without a download."""
     out.mkdir(parents=True, exist_ok=True)
     call = f"import setuptools.build_meta as backend; print(backend.build_{kind}({str(out)!r}))"
     done = python(["-c", call], cwd=source)
@@ -97,7 +104,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 
 def install(wheel: Path, environment: Path) -> Path:
-    """A new virtual environment that holds the wheel and sees this one's packages behind it. Returns its interpreter."""
+    """A new virtual environment that holds the wheel, with this one's packages behind it: its interpreter."""
     done = python(["-m", "venv", "--without-pip", environment], cwd=environment.parent)
     assert done.returncode == 0, done.stdout
     interpreter = environment / "bin" / "python"

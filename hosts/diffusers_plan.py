@@ -1,0 +1,259 @@
+"""What one ``set_timesteps`` decides: levels, timesteps and program of a run, and where a run may start.
+
+A plan is immutable and shared by every scheduler with the same settings. It knows neither tensors nor diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..samplers import Combine, Evaluate, Program, Solver, compile, parse
+from ..schedules import Node, TimeGrid, make_grid
+from ..schedules.diffusers_config import (
+    Source,
+    final_level,
+    is_default_sigmas,
+    native_levels,
+    source_of,
+    stretched,
+)
+from ..schedules.noise import Array
+from ..schedules.parametrization import Prediction
+
+Settings = tuple[tuple[str, Any], ...]
+"""The items of a scheduler config that matter for a plan, hashable."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How to begin at one evaluation: the program of the rest, after ``wait`` calls that change nothing."""
+
+    program: Program | None
+    wait: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A compiled run on the grid of one ``set_timesteps``.
+
+    ``timesteps`` has one entry per call of ``step``; ``idle`` calls at the end change nothing, because the host asked
+    for a last step of length zero. ``prediction`` is what the program is fed.
+    """
+
+    source: Source
+    solver: Solver
+    grid: TimeGrid
+    timesteps: Array
+    prediction: Prediction
+    idle: int = 0
+    _starts: dict[Any, Start] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # frozen; the dictionary is a cache
+
+    @cached_property
+    def program(self) -> Program:
+        """The whole run."""
+        return _hosted(compile(self.solver, self.grid, prediction=self.prediction))
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The node of every call of ``step`` and the node that the run ends at."""
+        end = self.grid[self.grid.steps]
+        return (*self.program.evaluations, *(end for _ in range(self.idle + 1)))
+
+    @cached_property
+    def sigmas(self) -> Array:
+        """What the scheduler publishes: the noise level of every node, shape (calls + 1,)."""
+        if self.source.noise_schedule.frame == "flow":
+            levels = np.array([n.sigma for n in self.nodes])
+            return 1.0 - levels if self.source.inverted else levels
+        return np.array([n.ratio for n in self.nodes])
+
+    @cached_property
+    def keeps_states(self) -> bool:
+        """Whether the program reads a state again after a later evaluation, so that an edit of x is not all it sees."""
+        evaluated = {op.dst: op.src for op in self.program.ops if isinstance(op, Evaluate)}
+        predictions = set(evaluated)
+        for op in self.program.ops:  # a prediction in another form: a combination of one evaluation and its state
+            if isinstance(op, Combine):
+                sources = {src for src, _ in op.terms}
+                if any(sources <= {dst, src} and dst in sources for dst, src in evaluated.items()):
+                    predictions.add(op.dst)
+        life = self.program.lifetimes
+        return any(
+            isinstance(op, Evaluate) and any(a < i < b and r not in predictions and r != op.src for r, (a, b) in life.items())
+            for i, op in enumerate(self.program.ops)
+        )
+
+    def start(self, index: int, options: Mapping[str, Any] | None = None) -> Start:
+        """How to begin at evaluation ``index``, with a clean history; ``options`` are added to the solver's.
+
+        Raises ValueError where the run cannot begin there, naming the evaluations where it can.
+        """
+        key = (index, tuple(sorted((options or {}).items())))
+        found = self._starts.get(key)
+        if found is None:
+            found = self._starts[key] = self._find(index, dict(options or {}))
+        return found
+
+    def _find(self, index: int, options: dict[str, Any]) -> Start:
+        calls = len(self.timesteps)
+        if not 0 <= index < calls:
+            raise ValueError(f"the run has {calls} evaluations, 0 to {calls - 1}; it cannot start at {index}")
+        if index >= self.program.nfe:
+            return Start(None, calls - index)
+        for wait in range(self.program.nfe - index):
+            # A second stage at the same time as the next step's first: wait for that one.
+            if self.nodes[index + wait] != self.nodes[index]:
+                break
+            program = self._tail(index + wait, options)
+            if program is not None:
+                return Start(program, wait)
+        starts = ", ".join(str(i) for i in range(self.program.nfe) if self._tail(i, options) is not None)
+        raise ValueError(
+            f"solver {self.solver.spec!r} cannot start at evaluation {index} of {self.program.nfe}: it lies between "
+            f"the stages of a step; possible starts: {starts}. A solver with one evaluation a step starts anywhere"
+        )
+
+    def _tail(self, index: int, options: dict[str, Any]) -> Program | None:
+        """The program from an evaluation on, if a step begins there."""
+        evaluations = self.program.evaluations
+        for k in range(self.grid.steps):
+            if self.grid[k] == evaluations[index]:
+                grid = self.grid.tail(k) if k else self.grid
+                program = compile(self.solver, grid, prediction=self.prediction, **options)
+                return _hosted(program) if program.evaluations == evaluations[index:] else None
+        return None
+
+    def edited(self, sigmas: Sequence[float]) -> Plan:
+        """The plan after a host has changed ``sigmas`` in place; timesteps stay what was published.
+
+        Raises ValueError if the new levels cannot be stepped through.
+        """
+        published = self.sigmas.astype(np.float32).astype(np.float64)
+        new = np.where(published == np.asarray(sigmas), self.sigmas, sigmas)
+        steps = [i for i in range(self.program.nfe) if self._tail(i, {}) is not None]
+        kept = [*steps, *range(self.program.nfe, len(new))]
+        levels = 1.0 - new[kept] if self.source.inverted else new[kept]
+        times = [self.nodes[i].t for i in kept]
+        idle = 0
+        while len(levels) > 2 and levels[-1] == levels[-2]:
+            levels, times, idle = levels[:-1], times[:-1], idle + 1
+        grid = _grid(self.source, levels, np.array(times))
+        return replace(self, grid=grid, idle=idle, _starts={})
+
+
+def _hosted(program: Program) -> Program:
+    """Check that a pipeline can drive the program: its first evaluation is of the state that it is given."""
+    if not isinstance(program.ops[0], Evaluate):
+        first = program.evaluations[0]
+        raise ValueError(
+            f"solver {program.solver!r} changes the state before the first evaluation (churn), which a pipeline cannot "
+            f"host; keep the first level out of it, e.g. with s_max below {program.nodes[program.start].ratio:.4g} "
+            f"(evaluation at {first.ratio:.4g}), or use fewstep.sample()"
+        )
+    return program
+
+
+def _grid(source: Source, levels: Array, times: Array) -> TimeGrid:
+    return TimeGrid(times, *source.noise_schedule.alpha_sigma_at(levels), source.noise_schedule)
+
+
+@lru_cache(maxsize=128)
+def make_plan(
+    settings: Settings,
+    solver: str,
+    schedule: str | None,
+    denoised: bool,
+    steps: int | None,
+    mu: float | None,
+    sigmas: tuple[float, ...] | None,
+    timesteps: tuple[float, ...] | None,
+) -> Plan:
+    """The plan for one ``set_timesteps``; see :class:`fewstep.hosts.diffusers.FewStepScheduler` for the arguments.
+
+    With ``denoised`` the program is fed x_0 (clipping, EDM preconditioning), otherwise the network's own prediction.
+    """
+    config = dict(settings)
+    chosen = parse(solver)
+    n = _count(steps, sigmas, timesteps)
+    source = source_of(config, mu=mu)
+    if source.prediction == "flow" and config.get("use_dynamic_shifting") and mu is None:
+        raise ValueError("use_dynamic_shifting is set: set_timesteps needs mu, which pipelines compute from the image size")
+    if schedule is not None and sigmas is not None and source.clock == "sigma" and is_default_sigmas(sigmas):
+        # The pipeline sends these although nobody asked for them; the schedule that somebody did ask for counts.
+        sigmas = timesteps = None
+    noise = source.noise_schedule
+    told: Array | None = None
+    if sigmas is not None and source.clock != "sigma":
+        levels = np.asarray(sigmas, dtype=np.float64)
+        if len(levels) > 1 and levels[-1] == 0.0:  # Euler's convention; others do not send the last level
+            levels, n = levels[:-1], n - 1
+        end = 0.0
+        told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
+    elif timesteps is not None and sigmas is None:
+        told = np.asarray(timesteps, dtype=np.float64)
+        levels, end = source.levels(told), 0.0
+    elif schedule is not None and sigmas is None:
+        levels, end = make_grid(noise, n, schedule).level[:-1], 0.0
+        if noise.frame == "flow":
+            levels = stretched(config, levels)
+    else:
+        if sigmas is not None and len(sigmas) > 1 and sigmas[-1] == 0.0 and sigmas[0] != 0.0:
+            sigmas, n = sigmas[:-1], n - 1
+        levels = native_levels(config, source, n, sigmas=sigmas)
+        end = final_level(config, source, levels)
+        told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
+    if told is not None and len(told) != n:
+        raise ValueError(f"timesteps and sigmas must have the same length, got {len(told)} and {n}")
+    idle = int(end == levels[-1])
+    nodes = levels if idle else np.append(levels, end)
+    try:
+        if idle and len(levels) == 1:
+            raise ValueError("one evaluation at the level that the run ends at leaves nothing to do")
+        grid = TimeGrid.from_levels(noise, nodes)
+        if told is not None and source.clock == "index":
+            grid = _grid(source, nodes, np.append(told, grid.t[-1:])[: len(nodes)])
+    except ValueError as error:
+        raise ValueError(f"{'custom' if told is not None or sigmas else schedule or 'native'} schedule: {error}") from None
+    plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction, idle)
+    return replace(plan, timesteps=_published(plan, told))
+
+
+def _count(
+    steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
+) -> int:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1):
+        raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
+    lengths = {len(v) for v in (sigmas, timesteps) if v is not None}
+    if steps is None and not lengths:
+        raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
+    if 0 in lengths:
+        raise ValueError("timesteps and sigmas must not be empty")
+    if len(lengths) > 1:
+        raise ValueError(f"timesteps and sigmas must have the same length, got {len(timesteps or ())} and {len(sigmas or ())}")
+    if steps is not None and lengths and steps not in lengths and steps + 1 not in lengths:
+        raise ValueError(f"num_inference_steps is {steps}, but {lengths.pop()} timesteps or sigmas are given")
+    return lengths.pop() if lengths else int(steps or 0)
+
+
+def _published(plan: Plan, told: Array | None) -> Array:
+    """One timestep per call: of the node that is evaluated, or what the user said for it."""
+    program, source = plan.program, plan.source
+    nodes = [*program.evaluations, *([plan.grid[plan.grid.steps]] if plan.idle else [])]
+    if source.clock == "index":
+        times = np.array([n.t for n in nodes])
+        rounded = np.rint(times)  # inverting a table leaves 1e-12
+        return np.where(np.abs(times - rounded) < 1e-6, rounded, times)
+    levels = np.array([n.sigma if source.noise_schedule.frame == "flow" else n.ratio for n in nodes])
+    times = source.timesteps(levels)
+    if told is not None:  # timesteps are for the network, sigmas for the solver
+        at = {plan.grid[k]: value for k, value in enumerate(told)}
+        times = np.array([at.get(n, t) for n, t in zip(nodes, times)])
+    return times
