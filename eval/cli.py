@@ -1,11 +1,13 @@
 """The command line ``fewstep``: arguments in, one function of the package, tables or JSON out.
 
 Exit status: 0 done, 1 nothing could be measured or a worker failed, 2 a mistake on the command line, 130 interrupted.
+With ``FEWSTEP_TRACEBACK=1`` in the environment a mistake shows its traceback.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return stop.status
     except (ValueError, TypeError) as error:
+        if os.environ.get("FEWSTEP_TRACEBACK"):
+            raise
         return _fail(str(error), 2)
     except WorkerFailed as error:
         return _fail(str(error), 1)
@@ -53,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if hasattr(error, "format_message"):  # click: unknown option, missing argument
-            error.show()  # type: ignore[attr-defined]
-            return 2
+            context = getattr(error, "ctx", None)
+            hint = f"; see {context.command_path} --help" if context else ""
+            return _fail(f"{error.format_message().rstrip('.')}{hint}", 2)  # type: ignore[attr-defined]
         raise
 
 

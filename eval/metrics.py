@@ -83,7 +83,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "frechet_excess",
-        "Fréchet distance above the floor",
+        "Fréchet above floor",
         "squared feature units",
         "lower",
         "Fréchet distance minus its floor on the same indices, so that most of the sampling noise cancels. Below "

@@ -16,6 +16,7 @@ These models compare solvers with each other. They say nothing about image quali
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -124,7 +125,12 @@ class Digits:
     held_out: Tensor
 
 
+# What is kept between calls is made outside inference mode, wherever the first call comes from: tensors made inside it
+# could not be used for gradients later.
+
+
 @cache
+@torch.inference_mode(False)
 def digits() -> Digits:
     """The 1,797 embedded digits: 1,400 to train on, 397 held out."""
     with np.load(DATA / "digits.npz") as data:
@@ -157,6 +163,7 @@ def _load(network: torch.nn.Module, file: str, device: torch.device) -> None:
 
 
 @cache
+@torch.inference_mode(False)
 def digits_network(device: torch.device = torch.device("cpu")) -> DigitsUNet:  # noqa: B008
     """The trained U-Net in fp32, for inference; gradients with respect to x work."""
     network = DigitsUNet()
@@ -188,6 +195,7 @@ class FeatureNetwork:
 
 
 @cache
+@torch.inference_mode(False)
 def feature_network(name: str = "digits", device: str = "cpu") -> FeatureNetwork:
     """The embedded classifier; ``name`` as in :attr:`EvalModel.features`. ValueError for another name."""
     if name != "digits":
@@ -203,7 +211,7 @@ def feature_network(name: str = "digits", device: str = "cpu") -> FeatureNetwork
 def _signal_and_noise(noise_schedule: NoiseSchedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma at t (B,), shape (B, 1), in the dtype and on the device of x; computed in float64."""
     alpha, sigma = noise_schedule.alpha_sigma(t.detach().double().cpu().numpy())
-    return tuple(torch.from_numpy(np.asarray(a)).to(x)[:, None] for a in (alpha, sigma))  # type: ignore[return-value]
+    return torch.from_numpy(alpha).to(x)[:, None], torch.from_numpy(sigma).to(x)[:, None]
 
 
 class KernelDenoiser:
@@ -233,6 +241,7 @@ class KernelDenoiser:
         self.centres, self.labels, self.h, self.noise_schedule = c - self.mean, labels, h, noise_schedule
         self._ready: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
+    @torch.inference_mode(False)
     def _tensors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Centres, half their squared norms, mean (all in x's dtype) and labels, on x's device."""
         key = (x.dtype, x.device)
@@ -391,12 +400,12 @@ def gmm(*, noise: Literal["vp", "edm", "flow"] = "vp") -> EvalModel:
     """Gaussian mixture with 4 modes of unequal weight in 16 dimensions, exact and in float64.
 
     Option ``noise``: the noise schedule, ``vp`` (linear betas), ``edm`` or ``flow``. Means and variances are cosines
-    of the indices, so that they are the same numbers everywhere: means in [-1.2, 1.2], deviations in [0.2, 0.6].
+    of the indices, so that they are the same numbers everywhere: means in [-0.6, 0.6], deviations in [0.2, 0.6].
     """
     k = torch.arange(1, GMM_MODES + 1, dtype=torch.float64)[:, None]
     d = torch.arange(GMM_DIMENSIONS, dtype=torch.float64) + 0.5
     weights = k[:, 0] / k.sum()
-    means = 1.2 * torch.cos(2.4 * k * d)
+    means = 0.6 * torch.cos(2.4 * k * d)
     deviations = 0.4 + 0.2 * torch.cos(1.7 * k + d)
     noise_schedule = NOISE_SCHEDULES[noise]()
     denoiser = MixtureDenoiser(weights, means, deviations.square(), noise_schedule)
@@ -465,6 +474,7 @@ def load_model(name: str) -> EvalModel:
     raise ValueError(f"no model {name!r}: allowed are {', '.join(names)} and module:callable{near}")
 
 
+@torch.inference_mode(False)
 def _builtin(name: str) -> EvalModel:
     key, given = split(name.removeprefix(PREFIX))
     if key not in MODELS:
@@ -503,17 +513,18 @@ def _from_callable(name: str, module: str, attribute: str) -> EvalModel:
         )
     if made.shape is None:
         raise ValueError(f"model {name!r}: its Denoiser needs shape=..., the shape of one sample")
-    shape = made.shape
 
     def make(indices: Sequence[int], device: torch.device) -> Denoiser:
-        return Denoiser(made.fn, made.noise_schedule, made.prediction, shape, made.unconditional)
+        fresh = copy.copy(made)
+        fresh.nfe = 0
+        return fresh
 
     source = Path(str(getattr(loaded, "__file__", "")))
     code = source.read_bytes() if source.is_file() else b""
     return EvalModel(
         name=name,
         noise_schedule=made.noise_schedule,
-        shape=shape,
+        shape=made.shape,
         bind=make,
         description="Your own model.",
         licence="yours",

@@ -29,7 +29,10 @@ Images = Mapping[str, NDArray[np.uint8]]
 PALETTE = ("#0b6e69", "#c2571a", "#3b5ba9", "#a8326e", "#6a8f1f", "#7b52ab", "#b08900", "#2f8fbf", "#8a4b32", "#4d5761")
 DASHES = ("solid", "dash", "dot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star", "hexagon", "triangle-down")
-CHART_METRICS = ("rms", "rms_median", "frechet", "agreement", "ms_per_sample")
+CHART_METRICS = ("rms", "rms_median", "frechet", "frechet_excess", "agreement", "ms_per_sample")
+LINEAR = ("agreement", "frechet_excess")
+PLAIN = ("agreement", "ms_per_sample")
+"""Metrics shown without an interval."""
 RANKED = ("rms", "rms_median", "frechet")
 STRIP = 20
 """Images in one row of the sample grid."""
@@ -173,29 +176,50 @@ def _finding(panel: Mapping[str, Any]) -> str:
 
 def _section(panel: Mapping[str, Any], strips: Mapping[str, Any], images: Images) -> str:
     metrics = _metrics_of(panel)
-    toggle = ""
-    if metrics:
-        buttons = "".join(
-            f'<button type="button" value="{m}" aria-pressed="{str(m == metrics[0]).lower()}">{escape(_LABEL[m])}</button>'
-            for m in metrics
-        )
-        toggle = f'<div class="switch metric" role="group" aria-label="Metric">{buttons}</div>'
-    first = metrics[0] if metrics else "rms"
-    tables = "".join(
-        f'<div data-metric="{m}"{"" if m == first else " hidden"}>{_table(panel, m)}{_ranking(panel, m) if m in RANKED else ""}</div>'
-        for m in metrics
-    )
-    return f"""<section id="{_id(panel)}">
+    start = f"""<section id="{_id(panel)}">
 <h2>{escape(panel_title(panel))}</h2>
 <p class="muted">{escape(panel.get("note", ""))}</p>
-{_facts(panel)}
-<div class="row"><h3 style="margin:0">Quality against evaluations</h3>{toggle}</div>
-<div class="chart" role="img" aria-label="Chart of quality against network evaluations; the table below holds the same numbers"></div>
-<p class="caption">Both axes are logarithmic where the scale allows. Bars are 95 % intervals; hover for solver, steps and interval. Click a
-solver in the legend to hide it, double-click to see it alone.</p>
+{_facts(panel)}"""
+    if not metrics:
+        return f'{start}<p class="muted">No cell of this panel is finished yet.</p></section>'
+    buttons = "".join(
+        f'<button type="button" value="{m}" aria-pressed="{_flag(m == metrics[0])}">{escape(_LABEL[m])}</button>'
+        for m in metrics
+    )
+    tables = "".join(
+        f'<div data-metric="{m}"{"" if m == metrics[0] else " hidden"}>'
+        f"{_table(panel, m)}{_ranking(panel, m) if m in RANKED else ''}</div>"
+        for m in metrics
+    )
+    return f"""{start}
+<div class="row"><h3 style="margin:0">Quality against evaluations</h3>
+<div class="switch metric" role="group" aria-label="Metric">{buttons}</div></div>
+<div class="chart" role="img" aria-label="Quality against network evaluations; the table below holds the same numbers"></div>
+<p class="caption">Bars are 95 % intervals; hover over a point for solver, steps and interval. Click a solver in the legend to hide it,
+double-click to see it alone. Points far above the others are off the scale; the table has them.</p>
 {tables}
 {_grid(panel, strips, images)}
+{_all_numbers(panel, metrics)}
 </section>"""
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _all_numbers(panel: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """Every finished cell with every number, folded away."""
+    head = "".join(f"<th>{escape(h)}</th>" for h in ("solver", "spacing", "NFE", "calls", "steps", *(_LABEL[m] for m in metrics)))
+    body = []
+    for cell in panel["cells"]:
+        if cell["status"] == "ok":
+            values = "".join(f"<td>{number(cell[m]['value'], 4) if cell.get(m) else '–'}</td>" for m in metrics)
+            body.append(
+                f"<tr><td>{escape(cell['solver'])}</td><td>{escape(cell['schedule'])}</td><td>{cell['nfe']}</td><td>{cell['calls']}</td>"
+                f"<td>{cell['steps']}</td>{values}</tr>"
+            )
+    return f"""<details><summary>All numbers of this panel</summary><div class="scroll"><table><thead><tr>{head}</tr></thead>
+<tbody>{"".join(body)}</tbody></table></div></details>"""
 
 
 def _facts(panel: Mapping[str, Any]) -> str:
@@ -222,7 +246,8 @@ def _table(panel: Mapping[str, Any], metric: str) -> str:
             value = sign * cell[metric]["value"]
             best[budget] = min(best.get(budget, math.inf), value)
     notes: list[str] = []
-    head = "".join(f"<th>{b}</th>" for b in panel["budgets"])
+    wide = ' class="v"' if metric not in PLAIN else ""  # the heading stands above the value, not above its interval
+    head = "".join(f"<th{wide}>{b}{_calls(panel, b)}</th>" for b in panel["budgets"])
     body = []
     for index, row in enumerate(panel["rows"]):
         tds = "".join(_td(cells.get((index, b)), metric, sign, best.get(b), notes) for b in panel["budgets"])
@@ -232,6 +257,11 @@ def _table(panel: Mapping[str, Any], metric: str) -> str:
     return f"""<h3>{escape(_LABEL[metric])} <small>{escape(unit)}; columns: network evaluations per sample (NFE)</small></h3>
 <div class="scroll"><table><thead><tr><th>solver</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>
 <div class="foot">{foot}</div>"""
+
+
+def _calls(panel: Mapping[str, Any], budget: int) -> str:
+    """Under guidance a budget is twice the number of calls: say how many."""
+    return "" if panel["cost"] == 1 else f"<small>{budget // panel['cost']} calls</small>"
 
 
 def _td(cell: Mapping[str, Any] | None, metric: str, sign: float, best: float | None, notes: list[str]) -> str:
@@ -245,13 +275,15 @@ def _td(cell: Mapping[str, Any] | None, metric: str, sign: float, best: float | 
         return f'<td class="{"fail" if mark == "failed" else "none"}">{mark}<sup>{notes.index(reason) + 1}</sup></td>'
     estimate = cell[metric]
     value = sign * estimate["value"]
-    # Shade by the ratio to the best of the column: full at the best, none at twice its value.
+    # Shade by the ratio to the best of the column: full at the best, none at one and a half times its value.
     tint, first = 0.0, False
     if best is not None and metric != "ms_per_sample":
         ratio = value / best if sign > 0 and best > 0 else 1.0 + 4.0 * (value - best)
-        tint, first = max(0.0, 1.0 - (ratio - 1.0)), value == best
+        if metric == "frechet_excess":
+            ratio = 1.0 + max(0.0, value) / 10.0
+        tint, first = max(0.0, 1.0 - 2.0 * (ratio - 1.0)), value == best
     shown = f"{100 * estimate['value']:.1f} %" if metric == "agreement" else number(estimate["value"])
-    spread = "" if metric in ("agreement", "ms_per_sample") else f"<i>{half_width(estimate)}</i>"
+    spread = "" if metric in PLAIN else f"<i>{half_width(estimate)}</i>"
     return f'<td class="v{" best" if first else ""}" style="--t:{tint:.2f}">{shown}{spread}</td>'
 
 
@@ -282,7 +314,7 @@ def _ranking(panel: Mapping[str, Any], metric: str) -> str:
             f'<td><span class="meter"><span style="width:{width:.0f}%"></span></span>{ratio}</td></tr>'
         )
     star = "<div><sup>*</sup> over the budgets it can meet only: its place overall is not comparable.</div>" if partial else ""
-    return f"""<h3>Ranking <small>place at each NFE; overall by the geometric mean of (value / best value at that NFE)</small></h3>
+    return f"""<h3>Ranking <small>place at each NFE, ties share it; overall by the geometric mean of (value / best value at that NFE)</small></h3>
 <div class="scroll"><table><thead><tr><th>solver</th>{head}<th>mean rank</th><th>ratio to the best</th></tr></thead>
 <tbody>{"".join(body)}</tbody></table></div><div class="foot">{star}</div>"""
 
@@ -339,7 +371,7 @@ def _grid(panel: Mapping[str, Any], strips: Mapping[str, Any], images: Images) -
         return ""
     shown = str(sorted(panel["budgets"])[min(1, len(panel["budgets"]) - 1)])
     buttons = "".join(
-        f'<button type="button" value="{b}" aria-pressed="{str(str(b) == shown).lower()}">{b}</button>' for b in panel["budgets"]
+        f'<button type="button" value="{b}" aria-pressed="{_flag(str(b) == shown)}">{b}</button>' for b in panel["budgets"]
     )
     rows = []
     key = panel["reference"]["key"]
@@ -408,13 +440,14 @@ def _chart_data(panel: Mapping[str, Any], strips: Mapping[str, Any]) -> dict[str
     lines = {
         "rms": (resolution["value"] if resolution else None, "resolution"),
         "frechet": (floor, "floor"),
+        "frechet_excess": (0.0, "floor"),
         "agreement": (panel["agreement"]["value"] if panel.get("agreement") else None, "converged"),
     }
     units = {m.name: m.unit for m in METRICS}
     metrics = {
         m: {
             "label": _LABEL[m] + (f", {units[m]}" if m == "ms_per_sample" else ""),
-            "log": m != "agreement",
+            "log": m not in LINEAR,
             "format": ".0%" if m == "agreement" else "~g",
             "line": lines.get(m, (None, ""))[0],
             "line_label": lines.get(m, (None, ""))[1],

@@ -189,11 +189,16 @@ def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
             raise ValueError(f"an NFE budget must be at least 1, got {budget}")
     solvers = list({s.spec: s for s in map(parse, config.solvers)}.values())
     spacings = [resolve_schedule(s) for s in config.schedules]
+    _check_device(config.device)
     panels: list[Panel] = []
     milliseconds: dict[str, float] = {}
-    for model in config.models:
-        target = load(model)
-        milliseconds[model] = target.probe(config.chunk)
+    targets = [load(model) for model in config.models]
+    wanted = [w for w in config.guidance or () if w != 1.0]
+    if wanted and not any(target.guidable for target in targets):
+        names = ", ".join(target.name for target in targets)
+        raise ValueError(f"guidance {wanted[0]:g} needs an unconditional network; {names} has none")
+    for target in targets:
+        milliseconds[target.name] = target.to(config.device).probe(config.chunk)
         for scale in _scales(config, target):
             panels.append(_panel(config, target, scale, solvers, spacings))
     _refuse_impossible(panels)
@@ -209,12 +214,20 @@ def resolve_schedule(name: str) -> str:
 
 
 def _scales(config: Config, target: Target) -> Sequence[float | None]:
-    if config.guidance is None:
-        return target.guidance or (None,)
-    wanted = [w for w in config.guidance if w != 1.0]
-    if wanted and not target.guidable:
-        raise ValueError(f"model {target.name} has no unconditional network; guidance {wanted[0]:g} needs one")
-    return config.guidance if target.guidable else (None,)
+    """Guidance scales of a model: a model without an unconditional network is run as it is."""
+    if not target.guidable:
+        return (None,)
+    return config.guidance or target.guidance or (None,)
+
+
+def _check_device(device: str) -> None:
+    """ValueError for a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _panel(

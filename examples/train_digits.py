@@ -65,13 +65,13 @@ def make_data(path: Path) -> None:
     """Write the digits (1797, 8, 8) uint8 0..16, their labels and the split (1,400 / 397) to ``path``."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target)).astype(np.uint16)
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels)).astype(np.uint16)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        images=digits.images.astype(np.uint8),
-        labels=digits.target.astype(np.uint8),
+        images=np.asarray(pixels, np.uint8).reshape(-1, 8, 8),
+        labels=np.asarray(labels, np.uint8),
         train=np.sort(order[:1400]),
         held_out=np.sort(order[1400:]),
     )

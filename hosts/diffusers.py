@@ -74,7 +74,7 @@ class _Draws:
         return randn_tensor(tuple(like.shape), generator=self.generator, device=like.device, dtype=self.dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """Everything that changes from ``set_timesteps`` on; one for each thread that calls it."""
 
@@ -85,7 +85,6 @@ class _Run:
     begin_index: int | None = None
     step_index: int | None = None
     stepper: Stepper | None = None
-    eta: float = 0.0
     wait: int = 0
     draws: _Draws | None = None
     before: Stepper | None = None
@@ -132,6 +131,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         "CogVideoXDPMScheduler",
     ]
     order = 1
+    ignore_for_config = ["unknown"]
 
     @register_to_config
     def __init__(
@@ -214,10 +214,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     def _parameters(cls) -> dict[str, Any]:
         found = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
-
-    @classmethod
-    def _get_init_keys(cls, input_class: Any) -> set[str]:
-        return super()._get_init_keys(input_class) - {"unknown"}
 
     def _settings(self) -> Settings:
         """What the config says now; read late, because hosts change configs that are in use."""
@@ -322,9 +318,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation of the start state: 1, for EDM models the first level."""
-        if self._source().noise_schedule.frame != "edm":
-            return 1.0
-        return float(self._run.sigmas[0])
+        run = self._run
+        source = self._source() if run.plan is None else run.plan.source
+        return float(run.sigmas[0]) if source.noise_schedule.frame == "edm" else 1.0
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -490,7 +486,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"solver {plan.solver.spec!r} has no eta; use one that has, such as 'ddim' or 'euler_ancestral'")
             options["eta"] = float(eta)
         start = plan.start(index, options)
-        run.step_index, run.wait, run.eta = index, start.wait, eta
+        run.step_index, run.wait = index, start.wait
         if start.wait and start.program is not None:
             self._warn(
                 "stage",
@@ -525,8 +521,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                     "state too, which it cannot change. 'dpmpp_2m', 'deis' or 'euler' use the new latents throughout",
                 )
         if plan.source.sigma_data is not None:
-            run.before = copy.copy(stepper)
-            run.before._registers = dict(stepper._registers)
+            # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
+            run.before = stepper.fork()
+            if stepper.evaluations and sample.shape != stepper.x.shape:
+                return sample
         stepper.x = sample
         draws.generator, draws.given, draws.dtype = generator, variance_noise, dtype
         try:
@@ -549,10 +547,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 return given, given
             c_x, c_m = conversion("denoised", plan.prediction, node)
             return _affine(c_x, sample, c_m, given), given
-        if plan.prediction != source.prediction or source.sigma_data is not None:
-            x_0 = self._clipped(denoised())
-            return x_0, x_0
-        if self.config.get("clip_sample") or self.config.get("thresholding"):
+        if plan.prediction == "denoised":
             x_0 = self._clipped(denoised())
             return x_0, x_0
         return (output if source.output_sign == 1.0 else -output), denoised
@@ -695,6 +690,8 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 def _affine(c_x: float, x: torch.Tensor, c_m: float, m: torch.Tensor) -> torch.Tensor:
     """``c_x x + c_m m`` in fp32 or wider, rounded once."""
+    if c_x == 0.0 and c_m == 1.0:
+        return m
     dtype = torch.promote_types(x.dtype, m.dtype)
     work = torch.promote_types(dtype, torch.float32)
     return torch.mul(x.to(work), c_x).add_(m, alpha=c_m).to(dtype)
@@ -734,7 +731,9 @@ def _complete(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
             if p.default is not p.empty:
                 full.setdefault(name, p.default)
     source_of(full | dict(given))  # raises for models that cannot be stepped
-    if is_flow(full):
+    if is_flow(full | dict(given)):
+        if given.get("prediction_type", "flow_prediction") != "flow_prediction":
+            raise ValueError(f"the config belongs to a flow model; prediction_type cannot be {given['prediction_type']!r}")
         full["prediction_type"] = "flow_prediction"  # our own config has every key: this one tells
         if "shift" in given and "flow_shift" not in given:
             full["flow_shift"] = None

@@ -31,7 +31,7 @@ def euler(
     """Euler's method, optionally with EDM churn; without churn the same as DDIM in every frame.
 
     ``y += (k_t - k_s) eps`` with y = x / alpha, k = sigma / alpha. ``churn`` first raises k by
-    ``1 + min(churn / steps, sqrt(2) - 1)`` where s_min <= k <= s_max, with noise scaled by ``s_noise``.
+    ``1 + min(churn / steps, sqrt(2) - 1)`` where ``s_min`` <= k <= ``s_max``, with noise scaled by ``s_noise``.
     """
     for s, t in grid.intervals():
         x, s = _churn(trace, x, s, grid, churn, s_min, s_max, s_noise)
@@ -94,8 +94,8 @@ def euler_ancestral(
 ) -> Linear:
     """Euler to less noise than asked for, then fresh noise up to the asked level.
 
-    EDM frame: down to ``k_d = sqrt(k_t^2 - k_u^2)``, ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``; equals DDIM
-    with the same eta on VP models. Flow frame (the default on flow models): down to the flow time
+    ``frame=edm``: down to ``k_d = sqrt(k_t^2 - k_u^2)``, ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``; equals DDIM
+    with the same ``eta`` on VP models. ``frame=flow`` (what ``auto`` is on flow models): down to the flow time
     ``c_d = c_t (1 + (c_t / c_s - 1) eta)``. ``s_noise`` scales the fresh noise.
     """
     for s, t in grid.intervals():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from ..schedules import Node
@@ -75,6 +77,12 @@ class Stepper:
     @x.setter
     def x(self, value: torch.Tensor) -> None:
         self._registers[self.program.output if self.done else self._pending.src] = value
+
+    def fork(self) -> Stepper:
+        """An independent run from here on that shares the tensors so far (nothing writes to them) and the noise source."""
+        other = copy.copy(self)
+        other._registers, other._sums = dict(self._registers), list(self._sums)
+        return other
 
     @property
     def _pending(self) -> Evaluate:

@@ -33,9 +33,9 @@ def heun(
 ) -> Linear:
     """Trapezoidal rule with an Euler predictor: ``z_t = z_s + (c_t - c_s)(f_s + f_t) / 2``.
 
-    EDM frame: z = x / alpha, c = sigma / alpha, f = eps. Flow frame (the default on flow models): z = x / (alpha +
-    sigma), c = sigma / (alpha + sigma), f = velocity. The last step to sigma = 0 is Euler's, so n steps cost 2 n - 1
-    evaluations. Churn as in ``euler``.
+    ``frame=edm``: z = x / alpha, c = sigma / alpha, f = eps. ``frame=flow`` (what ``auto`` is on flow models): z = x /
+    (alpha + sigma), c = sigma / (alpha + sigma), f = velocity. The last step to sigma = 0 is Euler's, so n steps cost
+    2 n - 1 evaluations. ``churn``, ``s_min``, ``s_max`` and ``s_noise`` as in ``euler``.
     """
     where = FRAMES[frame_name(frame, grid)]
     for s, t in grid.intervals():

@@ -157,6 +157,9 @@ class Solver:
     def __hash__(self) -> int:
         return hash(self.spec)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parse, (self.spec,)
+
 
 def parse(spec: str | Solver) -> Solver:
     """The solver that ``"name:key=value,..."`` means; ValueError naming what is allowed and the nearest name."""

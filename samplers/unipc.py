@@ -58,10 +58,11 @@ def unipc(
     * predictor ``x_t = base + alpha_t (P_1 m_0 + B sum_k rho_k (m_k - m_0) / r_k)`` over p - 1 past nodes,
     * corrector the same with the new node added, its prediction taken at the predicted state and then kept.
 
-    The rho solve ``sum_k rho_k r_k^{i-1} = i! P_{i+1} / B``; a single node has rho = 1/2. ``vary`` replaces B(h) by
-    coefficients that vary with the order of the difference. ``disable_corrector`` lists steps that are left
+    The rho solve ``sum_k rho_k r_k^{i-1} = i! P_{i+1} / B``; a single node has rho = 1/2. ``variant=vary`` replaces
+    B(h) by coefficients that vary with the order of the difference; as released it is first order with a corrector.
+    ``form`` is the prediction that is extrapolated. ``disable_corrector`` lists steps that are left
     uncorrected, counted from 0. Orders start at 1 and, with ``lower_order_final``, end at 1; the step to sigma = 0 is
-    DDIM's. Without corrector this is UniP.
+    DDIM's. ``corrector=false`` is UniP.
     """
     if order < 1:
         raise ValueError(f"option 'order' of solver 'unipc' must be at least 1, got {order}")

@@ -46,6 +46,8 @@ class TimeGrid:
     alpha: Array
     sigma: Array
     noise_schedule: NoiseSchedule
+    skipped: int = 0
+    """Steps of the whole run that lie before this grid; for methods that count them (churn)."""
 
     def __post_init__(self) -> None:
         if self.t.ndim != 1 or len(self.t) < 2:
@@ -99,7 +101,9 @@ class TimeGrid:
 
     def tail(self, start: int) -> TimeGrid:
         """The grid from node ``start`` on."""
-        return TimeGrid(self.t[start:], self.alpha[start:], self.sigma[start:], self.noise_schedule)
+        return TimeGrid(
+            self.t[start:], self.alpha[start:], self.sigma[start:], self.noise_schedule, self.skipped + start
+        )
 
     @property
     def lam(self) -> Array:
@@ -131,4 +135,4 @@ class TimeGrid:
     @cached_property
     def key(self) -> tuple:
         """Identity by value, for caches."""
-        return (self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes(), self.noise_schedule.key)
+        return (self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes(), self.noise_schedule.key, self.skipped)

@@ -26,3 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured with ``record_property``; a plain print would be lost in a worker process."""
+    reports = terminalreporter.getreports("passed")
+    measured = [(r.nodeid, *pair) for r in reports for pair in r.user_properties]
+    if measured:
+        terminalreporter.section("measured")
+        for test, name, value in measured:
+            terminalreporter.line(f"{name}: {value}  ({test})")

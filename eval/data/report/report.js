@@ -7,10 +7,11 @@
   const band = (e) => e.low == null ? "" : ` [${number(e.low)}, ${number(e.high)}]`;
 
   function traces(panel, metric) {
+    const log = panel.metrics[metric].log;
     return panel.rows.map((row, index) => {
       const points = panel.cells.filter((c) => c.row === index && c[metric] && c[metric].value != null);
       const up = points.map((c) => c[metric].high == null ? 0 : c[metric].high - c[metric].value);
-      const down = points.map((c) => c[metric].low == null ? 0 : c[metric].value - Math.max(c[metric].low, 0));
+      const down = points.map((c) => c[metric].low == null ? 0 : c[metric].value - (log ? Math.max(c[metric].low, c[metric].value / 1e3) : c[metric].low));
       return {
         type: "scatter", mode: "lines+markers", name: row.label, legendgroup: row.label,
         x: points.map((c) => c.nfe), y: points.map((c) => c[metric].value),
@@ -29,15 +30,22 @@
     const axis = { gridcolor: "#eceff2", zeroline: false, linecolor: "#bfc6ce", ticks: "outside", tickcolor: "#bfc6ce", ticklen: 4 };
     const narrow = window.innerWidth < 720;
     const lines = [], notes = [];
-    if (info.line != null && info.line > 0) {
+    // The scale follows the data: a line far away is left to the text, and a solver that blew up must not flatten the rest.
+    const values = panel.cells.map((c) => c[metric] && c[metric].value).filter((v) => v != null && (!info.log || v > 0)).sort((a, b) => a - b);
+    let low = values[0], high = values[values.length - 1];
+    if (info.line != null && (!info.log || info.line > low / 4)) { low = Math.min(low, info.line); high = Math.max(high, info.line); }
+    if (info.log) high = Math.min(high, 40 * values[Math.floor(values.length / 2)]);
+    const range = values.length === 0 ? undefined : info.log ? [Math.log10(low / 1.35), Math.log10(high * 1.35)]
+      : [low - 0.06 * (high - low), high + 0.06 * (high - low)];
+    if (info.line != null && (info.log ? info.line >= low : true)) {
       lines.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: info.line, y1: info.line, line: { color: "#8b94a0", width: 1, dash: "dot" } });
       notes.push({ xref: "paper", x: 0, xanchor: "left", y: info.log ? Math.log10(info.line) : info.line, yanchor: "bottom", showarrow: false,
         text: `${info.line_label} ${number(info.line)}`, font: { size: 11, color: "#5b6470" } });
     }
     return {
-      font, paper_bgcolor: "#fff", plot_bgcolor: "#fff", margin: { l: 62, r: 12, t: 14, b: narrow ? 130 : 52 },
-      xaxis: { ...axis, type: "log", title: { text: panel.x_title, standoff: 10 }, tickvals: panel.ticks, ticktext: panel.ticks.map(String), showgrid: false },
-      yaxis: { ...axis, type: info.log ? "log" : "linear", title: { text: info.label, standoff: 8 }, dtick: info.log ? "D2" : undefined,
+      font, paper_bgcolor: "#fff", plot_bgcolor: "#fff", margin: { l: 62, r: 12, t: 34, b: narrow ? 130 : 52 },
+      xaxis: { ...axis, type: "log", title: { text: panel.x_title, standoff: 10, font: { size: 13 } }, tickvals: panel.ticks, ticktext: panel.ticks.map(String), showgrid: false },
+      yaxis: { ...axis, range, type: info.log ? "log" : "linear", title: { text: info.label, standoff: 8, font: { size: 13 } }, dtick: info.log ? (range && range[1] - range[0] > 2.6 ? 1 : "D2") : undefined,
         tickformat: info.log ? "~g" : info.format, exponentformat: "none" },
       legend: narrow ? { orientation: "h", y: -0.22, font: { size: 11 } } : { x: 1.015, y: 1, font: { size: 12, family: "Menlo, Consolas, 'Liberation Mono', monospace" }, tracegroupgap: 0 },
       hoverlabel: { bgcolor: "#fff", bordercolor: "#cfd5db", font: { ...font, color: "#16191d" }, align: "left" },
@@ -55,6 +63,7 @@
   data.panels.forEach((panel) => {
     const section = document.getElementById(panel.id);
     const chart = section.querySelector(".chart");
+    if (!chart) return;
     const show = (metric) => {
       Plotly.react(chart, traces(panel, metric), layout(panel, metric), options);
       for (const node of section.querySelectorAll("[data-metric]")) node.hidden = node.dataset.metric !== metric;

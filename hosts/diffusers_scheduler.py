@@ -1,0 +1,629 @@
+"""``FewStepScheduler``: every solver and schedule inside any diffusers pipeline, by assigning one object."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..samplers import Stepper, parse
+from ..schedules import VP, Node, conversion, schedule
+from ..schedules.diffusers_config import Source, is_flow, source_of
+from ..schedules.spec import suggestion
+from .diffusers_plan import Plan, Settings, make_plan
+
+__all__ = ["FewStepScheduler", "FewStepSchedulerOutput"]
+
+# Keys of other schedulers, kept in the config unseen, that tell how their class counts timesteps.
+_HIDDEN = ("solver_order", "predictor_order", "set_alpha_to_one", "variance_type", "algorithm_type")
+# What loaders of pipelines pass to every component.
+_LOADER = {"torch_dtype", "dtype", "variant", "device_map", "low_cpu_mem_usage", "use_safetensors", "trust_remote_code"}
+_UNREAD = {"solver", "schedule", "integer_timesteps"}
+
+
+class FewStepScheduler(SchedulerMixin, ConfigMixin):
+    """Every fewstep solver and schedule as a scheduler for diffusers pipelines.
+
+    ::
+
+        pipe.scheduler = FewStepScheduler.from_config(pipe.scheduler.config, solver="unipc:order=3", schedule="karras")
+
+    Args:
+        solver: what steps, e.g. ``"dpmpp_2m"``, ``"heun"``; see :func:`fewstep.solvers`.
+        schedule: where the network is evaluated, e.g. ``"karras:rho=7"``, ``"ays:model=sdxl"``; see
+            :func:`fewstep.schedules.schedules`. None: what the model's config means (``timestep_spacing``,
+            ``use_karras_sigmas``, the shift of flow models, ...). A named schedule replaces the default sigmas that
+            flow pipelines always send, ``1 - i/n``; any other sigmas are used as given.
+        integer_timesteps: round timesteps of discrete models, for networks that accept integers only. Sigmas are not
+            rounded with them.
+
+    All other arguments are diffusers' own with diffusers' defaults; :meth:`from_config` copies them from the
+    scheduler that is replaced. Keys that mean nothing here are kept, so that the original class can be restored from
+    this config; a keyword argument that is not known is an error.
+
+    The state is ``alpha x_0 + sigma eps`` with alpha^2 + sigma^2 = 1 for discrete models (``init_noise_sigma`` is 1 and
+    ``scale_model_input`` the identity for every solver), alpha + sigma = 1 for flow models, alpha = 1 for EDM models.
+    ``order`` is 1 always: ``timesteps`` has one entry for each network evaluation.
+
+    Raises ValueError for unknown names and options, and for models that cannot be stepped this way.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + [
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "CosineDPMSolverMultistepScheduler",
+        "SASolverScheduler",
+        "IPNDMScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+        "CogVideoXDDIMScheduler",
+        "CogVideoXDPMScheduler",
+    ]
+    order = 1
+    ignore_for_config = ["unknown"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        timestep_type: str = "discrete",
+        final_sigmas_type: str = "zero",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        time_shift_type: str = "exponential",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        sigma_schedule: str = "karras",
+        rho: float = 7.0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        solver: str = "unipc",
+        schedule: str | None = None,
+        integer_timesteps: bool = False,
+        **unknown: Any,
+    ) -> None:
+        _check_names(unknown, type(self).__name__)
+        _check_specs(solver, schedule)
+        if trained_betas is not None:
+            self.register_to_config(trained_betas=[float(b) for b in trained_betas])
+        source = source_of(dict(self.config))
+        self._warned: set[str] = set()
+        self._threads = threading.local()
+        # Before set_timesteps the schedule is the training one, as in diffusers.
+        index = np.arange(source.train_steps)[::-1]
+        levels = source.noise_schedule.train_levels[::-1]
+        times = index.astype(np.int64) if source.clock == "index" else source.timesteps(levels).astype(np.float32)
+        self._latest = _Run(_tensor(times.copy()), _tensor(np.append(levels, 0.0).astype(np.float32)))
+
+    # -- configuration -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler for the model that ``config`` (``pipe.scheduler.config``) belongs to.
+
+        Keyword arguments replace values of the config: ``solver``, ``schedule`` or any other of this class.
+
+        Raises ValueError for unknown keyword arguments and values, TypeError if ``config`` is not a mapping.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"from_config takes a config such as pipe.scheduler.config, got {type(config).__name__}; "
+                "from_pretrained takes a folder or a repository"
+            )
+        given = {k: v for k, v in kwargs.items() if k not in _LOADER and not k.startswith("_")}
+        _check_names({k: v for k, v in given.items() if k not in cls._parameters()}, f"{cls.__name__}.from_config")
+        return super().from_config(_complete(config, given), return_unused_kwargs, **given)
+
+    @classmethod
+    def _parameters(cls) -> dict[str, Any]:
+        found = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
+
+    def _settings(self) -> Settings:
+        """What the config says now; read late, because hosts change configs that are in use."""
+        config = self._internal_dict
+        attributes = vars(config)
+        pairs = [(k, attributes[k]) for k in _READ if k in attributes]
+        pairs += [(k, config[k]) for k in _HIDDEN if k in config]
+        return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)
+
+    def _source(self, mu: float | None = None) -> Source:
+        return source_of(dict(self._settings()), mu=mu)
+
+    def set_shift(self, shift: float) -> None:
+        """Set the static shift of a flow model; takes effect with the next ``set_timesteps``."""
+        self.register_to_config(shift=shift, flow_shift=None)
+
+    # -- the state of a run, one for each thread -----------------------------------------------------------------------
+
+    @property
+    def _run(self) -> _Run:
+        return getattr(self._threads, "run", None) or self._latest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FewStepScheduler:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k != "_threads"}
+        return state | {"_latest": self._run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _threads=threading.local())
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """What the network is told at each evaluation, shape (evaluations,), on the device of ``set_timesteps``."""
+        return self._run.timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: torch.Tensor) -> None:
+        self._run.timesteps = value
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels of the evaluations and of the end, float32 on the CPU, shape (evaluations + 1,).
+
+        sigma / alpha for discrete and EDM models, sigma for flow models. Changes made before the first step are used.
+        """
+        return self._run.sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: torch.Tensor) -> None:
+        self._run.sigmas = value
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of steps asked for; None before ``set_timesteps``."""
+        return self._run.num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, value: int | None) -> None:
+        self._run.num_inference_steps = value
+
+    @property
+    def begin_index(self) -> int | None:
+        """The evaluation that the run starts with, if a pipeline has said so."""
+        return self._run.begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next evaluation; None before the first step."""
+        return self._run.step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say with which evaluation the run starts; spares the look-up of the first timestep."""
+        self._run.begin_index = begin_index
+
+    @property
+    def _begin_index(self) -> int | None:
+        return self._run.begin_index
+
+    @_begin_index.setter
+    def _begin_index(self, value: int | None) -> None:
+        self._run.begin_index = value
+
+    @property
+    def _step_index(self) -> int | None:
+        return self._run.step_index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        run = self._run
+        if run.step_index is None or value == run.step_index:
+            run.step_index = value
+        elif value == run.step_index - 1 and run.before is not None:  # Cosmos takes a trial step first
+            run.step_index, run.stepper, run.before = value, run.before, None
+        else:
+            raise ValueError(f"step_index cannot be moved from {run.step_index} to {value}; call set_timesteps instead")
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the start state: 1, for EDM models the first level."""
+        run = self._run
+        source = self._source() if run.plan is None else run.plan.source
+        return float(run.sigmas[0]) if source.noise_schedule.frame == "edm" else 1.0
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha^2 at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
+        return _tensor(self._discrete("alphas_cumprod").alphas_cumprod.astype(np.float32))
+
+    @property
+    def betas(self) -> torch.Tensor:
+        """beta at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
+        product = self._discrete("betas").alphas_cumprod
+        return _tensor((1.0 - product / np.concatenate([[1.0], product[:-1]])).astype(np.float32))
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """1 - beta at the training indices."""
+        return 1.0 - self.betas
+
+    def _discrete(self, name: str) -> VP:
+        noise = self._source().noise_schedule
+        if not isinstance(noise, VP):
+            raise AttributeError(f"{name!r} belongs to discrete models, this one is {type(noise).__name__}")
+        return noise
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    # -- a run -----------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Decide where the network is evaluated, and forget the run before.
+
+        Args:
+            num_inference_steps: number of steps; a solver with several evaluations a step has more timesteps.
+            device: where ``timesteps`` shall lie; ``sigmas`` stay on the CPU.
+            timesteps: the timesteps instead, decreasing. On flow models they are not shifted: sigma = t / 1000.
+            sigmas: the noise levels instead, decreasing, with or without a 0 at the end. On flow models they are
+                shifted as the config says. With both, sigmas drive the solver and timesteps are what the network is told.
+            mu: the parameter of a dynamic shift.
+
+        Raises ValueError for steps < 1, levels that do not decrease, lists of different lengths, a prediction that
+        says nothing at the first level (epsilon at zero terminal SNR) and solvers that a pipeline cannot host.
+        """
+        config = self.config
+        plan = make_plan(
+            self._settings(),
+            config["solver"],
+            config["schedule"],
+            self._denoises(),
+            num_inference_steps,
+            None if mu is None else float(mu),
+            _floats(sigmas),
+            _floats(timesteps),
+        )
+        steps = plan.grid.steps + plan.idle
+        run = _Run(*self._published(plan, device), plan, steps)
+        self._threads.run = self._latest = run
+
+    def _denoises(self) -> bool:
+        """Whether the program is fed x_0: models with preconditioning, and clipping of x_0."""
+        config = self.config
+        if config.get("clip_sample") or config.get("thresholding"):
+            return True
+        return config.get("sigma_data") is not None and self._source().sigma_data is not None
+
+    def _published(self, plan: Plan, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        times = plan.timesteps
+        whole = plan.source.clock == "index" and (self.config["integer_timesteps"] or not np.any(times % 1.0))
+        with torch.inference_mode(False):  # a host may write to sigmas outside of the mode that it called us in
+            kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
+            return _tensor(kind).to(device), _tensor(plan.sigmas.astype(np.float32))
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The state as the network wants it: unchanged, for EDM models ``x / sqrt(sigma^2 + sigma_data^2)``."""
+        if self.config.get("sigma_data") is None or self._run.plan is None:
+            return sample
+        run, source = self._run, self._run.plan.source
+        if source.sigma_data is None:
+            return sample
+        index = run.step_index
+        if index is None:
+            index = self._first_index(timestep)
+        return sample * source.input_scale(float(run.plan.sigmas[index]))
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+        pred_original_sample: torch.Tensor | None = None,
+        **other: Any,
+    ) -> FewStepSchedulerOutput | tuple:
+        """Go to the next evaluation (or, after the last, to the result).
+
+        Args:
+            model_output: the network's output for ``sample`` at ``timestep``, of the sample's shape.
+            timestep: one of ``timesteps``; looked at in the first step only, and only if no begin index was set.
+            sample: the current state. If it is not what the step before returned, the new one is used; what a solver
+                remembers of earlier steps stays.
+            eta: if positive, replaces the option of that name of the solver (``ddim``, ``euler_ancestral``).
+            generator: source of the noise of stochastic solvers, one or one a sample.
+            variance_noise: the noise of this step instead of a draw.
+            return_dict: return an object instead of a tuple.
+            pred_original_sample: the prediction of x_0 instead of what ``model_output`` says.
+
+        Returns:
+            ``(prev_sample, pred_original_sample)``, shape of ``sample``, dtype the promotion of both inputs.
+        """
+        if other:
+            self._ignored(other)
+        run = self._run
+        plan = run.plan
+        if plan is None:
+            raise ValueError("step() before set_timesteps()")
+        first = run.step_index is None
+        if first:
+            plan = self._begin(run, timestep, eta)
+        index = run.step_index
+        assert index is not None
+        if index >= len(plan.timesteps):
+            raise ValueError(f"the run of {len(plan.timesteps)} evaluations is over; call set_timesteps() to start another")
+        if model_output.shape != sample.shape:
+            model_output = self._mean(model_output, sample)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        node = plan.nodes[index]
+        fed, denoised = self._prediction(plan, node, model_output, sample, pred_original_sample)
+        if run.wait:  # nothing to do yet, or no more
+            run.wait -= 1
+            previous = sample
+        else:
+            previous = self._advance(run, plan, index, fed, sample, generator, variance_noise, model_output.dtype)
+        run.step_index = index + 1
+        if previous.dtype != dtype:
+            previous = previous.to(dtype)
+        if return_dict:
+            x_0 = denoised() if callable(denoised) else denoised
+            return FewStepSchedulerOutput(previous, x_0)
+        if torch.compiler.is_compiling():
+            return previous, denoised() if callable(denoised) else denoised
+        return _Result(previous, denoised)
+
+    def _begin(self, run: _Run, timestep: Any, eta: float) -> Plan:
+        """Start the run at the first timestep that is seen; the plan may have been edited."""
+        plan = run.plan
+        assert plan is not None
+        sigmas = run.sigmas.tolist()
+        if sigmas != plan.sigmas.astype(np.float32).tolist():
+            plan = run.plan = plan.edited(sigmas)
+        index = self._first_index(timestep)
+        options = {}
+        if eta:
+            if "eta" not in plan.solver.declaration.options:
+                raise ValueError(f"solver {plan.solver.spec!r} has no eta; use one that has, such as 'ddim' or 'euler_ancestral'")
+            options["eta"] = float(eta)
+        start = plan.start(index, options)
+        run.step_index, run.wait = index, start.wait
+        if start.wait and start.program is not None:
+            self._warn(
+                "stage",
+                f"solver {plan.solver.spec!r} was started at evaluation {index}, between the stages of a step: "
+                f"{start.wait} evaluation is not used",
+            )
+        run.draws = _Draws()
+        # The registers are filled when the first prediction comes.
+        run.stepper = None if start.program is None else Stepper(start.program, torch.empty(0), run.draws, check=False)
+        return plan
+
+    def _advance(
+        self,
+        run: _Run,
+        plan: Plan,
+        index: int,
+        fed: torch.Tensor,
+        sample: torch.Tensor,
+        generator: Any,
+        variance_noise: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        stepper, draws = run.stepper, run.draws
+        if stepper is None or stepper.done:  # an idle evaluation at the end
+            return sample
+        assert draws is not None
+        if stepper.evaluations and sample is not stepper.x and plan.keeps_states:
+            if sample.data_ptr() != stepper.x.data_ptr():
+                self._warn(
+                    "edit",
+                    f"the latents were replaced between two steps; solver {plan.solver.spec!r} goes on from an earlier "
+                    "state too, which it cannot change. 'dpmpp_2m', 'deis' or 'euler' use the new latents throughout",
+                )
+        if plan.source.sigma_data is not None:
+            # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
+            run.before = stepper.fork()
+            if stepper.evaluations and sample.shape != stepper.x.shape:
+                return sample
+        stepper.x = sample
+        draws.generator, draws.given, draws.dtype = generator, variance_noise, dtype
+        try:
+            return stepper.step(fed)
+        finally:
+            draws.generator = draws.given = None  # generators can be neither copied nor pickled
+
+    def _prediction(
+        self, plan: Plan, node: Node, output: torch.Tensor, sample: torch.Tensor, given: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """What the program is fed, and x_0 or a function that computes it."""
+        source = plan.source
+
+        def denoised() -> torch.Tensor:
+            c_x, c_m = source.denoised(node)
+            return _affine(c_x, sample, c_m, output)
+
+        if given is not None:
+            if plan.prediction == "denoised":
+                return given, given
+            c_x, c_m = conversion("denoised", plan.prediction, node)
+            return _affine(c_x, sample, c_m, given), given
+        if plan.prediction == "denoised":
+            x_0 = self._clipped(denoised())
+            return x_0, x_0
+        return (output if source.output_sign == 1.0 else -output), denoised
+
+    def _clipped(self, x_0: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        if config.get("thresholding"):
+            # Dynamic thresholding: clip to a quantile of |x_0| and rescale to 1 (Saharia et al., Imagen,
+            # https://arxiv.org/abs/2205.11487).
+            wide = x_0.float().flatten(1)
+            bound = torch.quantile(wide.abs(), config["dynamic_thresholding_ratio"], dim=1, keepdim=True)
+            bound = bound.clamp(1.0, config["sample_max_value"])
+            return (wide.clamp(-bound, bound) / bound).reshape(x_0.shape).to(x_0.dtype)
+        return x_0.clamp(-config["clip_sample_range"], config["clip_sample_range"]) if config.get("clip_sample") else x_0
+
+    def _mean(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The mean of networks that predict a variance too; no solver here uses the variance."""
+        halves = output.ndim == sample.ndim > 1 and output.shape[1] == 2 * sample.shape[1]
+        if halves and output.shape[0] == sample.shape[0] and output.shape[2:] == sample.shape[2:]:
+            return output[:, : sample.shape[1]]
+        raise ValueError(
+            f"model_output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}; they must be equal"
+        )
+
+    def _ignored(self, other: dict[str, Any]) -> None:
+        """Arguments of other schedulers' ``step`` that pipelines pass literally."""
+        unknown = {k: v for k, v in other.items() if k != "use_clipped_model_output"}
+        if unknown:
+            allowed = [*inspect.signature(self.step).parameters][:-1]
+            hint = suggestion(next(iter(unknown)), allowed)
+            raise TypeError(f"step() has no argument {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}{hint}")
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+    # -- positions -------------------------------------------------------------------------------------------------------
+
+    def _first_index(self, timestep: Any) -> int:
+        """The evaluation that the first step is: what the pipeline said, or the place of the timestep."""
+        run = self._run
+        return self.index_for_timestep(timestep) if run.begin_index is None else run.begin_index
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """The evaluation that a timestep belongs to; of equal ones the first where a run can start.
+
+        An element of ``timesteps`` is recognised by its place in memory, so that no value is read from the device.
+        """
+        run = self._run
+        if isinstance(timestep, torch.Tensor):
+            if timestep.numel() != 1:
+                raise ValueError(f"step() takes one timestep for the whole batch, got {timestep.numel()}")
+            own = run.timesteps
+            if timestep.dtype == own.dtype and timestep.device == own.device:
+                offset = timestep.data_ptr() - own.data_ptr()
+                if 0 <= offset < own.numel() * own.element_size() and own.is_contiguous():
+                    return offset // own.element_size()
+            timestep = timestep.item()
+        times = run.timesteps.numpy(force=True) if run.plan is None else run.plan.timesteps
+        distance = np.abs(times - float(timestep))
+        if run.plan is not None and self.config["integer_timesteps"]:
+            distance = np.minimum(distance, np.abs(np.rint(times) - float(timestep)))
+        nearest = np.flatnonzero(distance <= distance.min() + 1e-6 * (1.0 + abs(float(timestep))))
+        if run.plan is not None:
+            spacing = np.abs(np.diff(times)).max() if len(times) > 1 else np.inf
+            if distance.min() > spacing:
+                self._warn("place", f"timestep {float(timestep):g} is not on the schedule; the nearest is used")
+            for i in nearest:
+                if len(nearest) > 1 and i < run.plan.program.nfe and run.plan.start(int(i)).wait == 0:
+                    return int(i)
+        return int(nearest[0])
+
+    # -- noise -----------------------------------------------------------------------------------------------------------
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """``alpha x_0 + sigma eps``, dtype of ``original_samples``.
+
+        The level is that of ``timesteps``, shape (1,) or (B,), on the schedule or not. If a begin index was set, it is
+        that of the begin index before the first step and that of the next evaluation after it.
+        """
+        alpha, sigma = self._coefficients(timesteps, original_samples)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """:meth:`add_noise` with the arguments in the order of flow models."""
+        if noise is None:
+            raise ValueError("scale_noise() needs noise")
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The target of a velocity prediction: ``alpha eps - sigma x_0``, for flow models ``eps - x_0``."""
+        source = self._source()
+        if source.noise_schedule.frame == "flow":
+            return source.output_sign * (noise - sample)
+        alpha, sigma = self._at(source, self._values(timesteps), sample)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def _coefficients(self, timesteps: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        run = self._run
+        if run.begin_index is None or run.plan is None:
+            source = self._source() if run.plan is None else run.plan.source
+            if isinstance(timesteps, torch.Tensor) and not timesteps.is_floating_point() and timesteps.device.type != "cpu":
+                return self._gathered(source, timesteps, like)
+            return self._at(source, self._values(timesteps), like)
+        index = run.begin_index if run.step_index is None else run.step_index
+        node = run.plan.nodes[index]
+        return node.alpha, node.sigma
+
+    def _values(self, timesteps: Any) -> np.ndarray:
+        if isinstance(timesteps, torch.Tensor):
+            return timesteps.detach().double().cpu().numpy().reshape(-1)
+        return np.asarray(timesteps, dtype=np.float64).reshape(-1)
+
+    def _at(self, source: Source, times: np.ndarray, like: torch.Tensor) -> tuple[Any, Any]:
+        alpha, sigma = source.noise_schedule.alpha_sigma_at(source.levels(times))
+        if len(times) == 1:
+            return float(alpha[0]), float(sigma[0])
+        shape = (-1, *(1 for _ in like.shape[1:]))
+        work = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return tuple(_tensor(c).to(like.device, work).reshape(shape) for c in (alpha, sigma))  # type: ignore[return-value]
+
+    def _gathered(self, source: Source, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
+        """Integer timesteps on a device (training): from a table there, without waiting for the device."""
+        n = source.train_steps
+        coefficients = source.noise_schedule.alpha_sigma_at(source.levels(np.arange(n + 1)))
+        shape = (-1, *(1 for _ in like.shape[1:]))
+        return tuple(  # type: ignore[return-value]
+            _tensor(c.astype(np.float32)).to(like.device, non_blocking=True)[timesteps].reshape(shape) for c in coefficients
+        )
+
+
