@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .session import Interrupted
 
     try:
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="fewstep")
+        status = app(
+            args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="fewstep"
+        )
         return int(status or 0)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -75,7 +77,7 @@ def _print_json(value: Any) -> None:
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--model",
             "-m",
@@ -84,7 +86,7 @@ def evaluate(
         ),
     ] = None,
     solvers: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--solvers",
             "-s",
@@ -93,34 +95,42 @@ def evaluate(
         ),
     ] = None,
     nfe: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Budgets: network evaluations per sample. Under guidance an evaluation counts 2. "
             "Default: 4,5,6,8,10,20, twice that under guidance (the same number of steps)."
         ),
     ] = None,
     schedule: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             help="Named spacing such as karras:rho=7, or auto: the library's default. Repeatable: every solver on each. "
             "See: fewstep list schedules."
         ),
     ] = None,
     guidance: Annotated[
-        Optional[str],
-        typer.Option(help="Guidance scales, such as 1,2,4 (1: none). Default: the model's own (1 and 2 for digits-unet)."),
+        str | None,
+        typer.Option(
+            help="Guidance scales, such as 1,2,4 (1: none). Default: the model's own (1 and 2 for digits-unet)."
+        ),
     ] = None,
     samples: Annotated[
-        Optional[int], typer.Option("--samples", "-n", help="Samples a cell. Default: 1000 exact, 300 network.")
+        int | None, typer.Option("--samples", "-n", help="Samples a cell. Default: 1000 exact, 300 network.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i starts from the noise of seed + i.")] = 0,
     out: Annotated[
-        Optional[Path],
-        typer.Option("--out", "-o", help="Results folder. Default: fewstep-results/<models>-<hash of the choices>."),
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Results folder. Default: fewstep-results/<models>-<hash of the choices>."
+        ),
     ] = None,
     processes: Annotated[
-        Optional[int],
-        typer.Option("--processes", "-p", help="Processes that share the work. Default: one a core (or a GPU), at most 8."),
+        int | None,
+        typer.Option(
+            "--processes",
+            "-p",
+            help="Processes that share the work. Default: one a core (or a GPU), at most 8.",
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -138,7 +148,6 @@ def evaluate(
     Interrupt it when you like (Ctrl-C): [bold]the same command goes on where it stopped[/bold] and gives the same numbers.
 
     Examples:
-
       fewstep eval
       fewstep eval -m builtin:digits-exact -s "dpmpp_2m unipc:order=3,variant=bh1" --nfe 5,6,8
       fewstep eval -m mymodel:make_denoiser --schedule karras --schedule log_snr -n 100 -o results/mine
@@ -166,7 +175,10 @@ def evaluate(
     if as_json:
         _print_json(result)
     else:
-        console.print(f"[bold]report[/bold]  {store.report.resolve().as_uri()}  ({result['run']['seconds']:.0f} s)", soft_wrap=True)
+        console.print(
+            f"[bold]report[/bold]  {store.report.resolve().as_uri()}  ({result['run']['seconds']:.0f} s)",
+            soft_wrap=True,
+        )
     _exit_if_nothing(result)
 
 
@@ -177,7 +189,9 @@ def _exit_if_nothing(result: dict[str, Any]) -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Results folder of fewstep eval.")], as_json: Json = False) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Results folder of fewstep eval.")], as_json: Json = False
+) -> None:
     """Rebuild the numbers and the HTML report of a results folder, finished or not."""
     from .session import rebuild
     from .table import result_tables
@@ -219,7 +233,10 @@ def compare(
 
 @app.command("list")
 def list_(
-    what: Annotated[Optional[str], typer.Argument(help="solvers, schedules, models, metrics or guidance; all of them without.")] = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(help="solvers, schedules, models, metrics or guidance; all of them without."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List solvers, schedules, models, metrics and guidance methods."""
@@ -228,7 +245,9 @@ def list_(
     from .table import listing
 
     if what is not None and what not in LISTS:
-        raise ValueError(f"nothing is listed under {what!r}; allowed: {', '.join(LISTS)}{suggestion(what, LISTS)}")
+        raise ValueError(
+            f"nothing is listed under {what!r}; allowed: {', '.join(LISTS)}{suggestion(what, LISTS)}"
+        )
     names = [what] if what else list(LISTS)
     rows = {name: LISTS[name][0]() for name in names}
     if as_json:
@@ -249,10 +268,15 @@ def explain(
     steps: Annotated[int, typer.Option(help="Steps of the grid whose coefficients are shown.")] = 8,
     schedule: Annotated[str, typer.Option(help="Named spacing of that grid.")] = "karras",
     noise: Annotated[str, typer.Option(help="Its noise schedule: vp, edm or flow.")] = "vp",
-    step_length: Annotated[float, typer.Option(help="Step h of the stability region, in log-SNR (lambda).")] = 1.0,
-    full: Annotated[bool, typer.Option("--full", help="With the solver's formula and the whole program.")] = False,
+    step_length: Annotated[
+        float, typer.Option(help="Step h of the stability region, in log-SNR (lambda).")
+    ] = 1.0,
+    full: Annotated[
+        bool, typer.Option("--full", help="With the solver's formula and the whole program.")
+    ] = False,
     out: Annotated[
-        Optional[Path], typer.Option("--out", "-o", help="Write the stability region to a .svg, .png or .html file.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the stability region to a .svg, .png or .html file."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -41,7 +41,10 @@ def compare(a: Path | str, b: Path | str) -> dict[str, Any]:
 
 
 def _refuse(mine: Panel, other: Panel, a: Path | str, b: Path | str) -> None:
-    facts = {**{k: (v, other.identity.get(k)) for k, v in mine.identity.items()}, "samples": (mine.samples, other.samples)}
+    facts = {
+        **{k: (v, other.identity.get(k)) for k, v in mine.identity.items()},
+        "samples": (mine.samples, other.samples),
+    }
     for name, (left, right) in facts.items():
         if left != right:
             what = {"samples": "the indices differ: 0 to samples - 1 of"}.get(name, f"the {name} differs:")
@@ -62,7 +65,9 @@ def _panel(plan_a: Plan, a: Panel, store_a: Store, plan_b: Plan, b: Panel, store
         metrics = {}
         if "distance" in left and "distance" in right:
             metrics["rms"] = _entry(
-                float(left["distance"].mean()), float(right["distance"].mean()), mean_interval(right["distance"] - left["distance"])
+                float(left["distance"].mean()),
+                float(right["distance"].mean()),
+                mean_interval(right["distance"] - left["distance"]),
             )
         if "features" in left and "features" in right and a.features:
             arrays, info = store_a.load_arrays(f"reference-{a.features}.safetensors")
@@ -71,7 +76,11 @@ def _panel(plan_a: Plan, a: Panel, store_a: Store, plan_b: Plan, b: Panel, store
             assert difference is not None
             values = [frechet(Moments.of(x["features"]), moments) for x in (left, right)]
             metrics["frechet"] = _entry(values[0], values[1], difference)
-        label = row_a.solver if row_a.schedule == row_b.schedule else f"{row_a.solver} ({row_a.schedule} -> {row_b.schedule})"
+        label = (
+            row_a.solver
+            if row_a.schedule == row_b.schedule
+            else f"{row_a.solver} ({row_a.schedule} -> {row_b.schedule})"
+        )
         found.append({"label": label, "budget": cell.budget, "metrics": metrics})
     return {"id": a.id, "samples": a.samples, "cells": found}
 
@@ -80,7 +89,11 @@ def _cells(panel: Panel) -> dict[tuple[str, str, int], Cell]:
     """Solver, spacing and budget -> cell; the spacing counts only where a folder has several."""
     several = len({row.schedule for row in panel.rows}) > 1
     rows = panel.rows
-    return {(rows[c.row].solver, rows[c.row].schedule if several else "", c.budget): c for c in panel.cells if not c.message}
+    return {
+        (rows[c.row].solver, rows[c.row].schedule if several else "", c.budget): c
+        for c in panel.cells
+        if not c.message
+    }
 
 
 def _load(plan: Plan, panel: Panel, store: Store, cell: Cell) -> Mapping[str, np.ndarray] | None:

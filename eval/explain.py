@@ -111,7 +111,9 @@ def _coefficients(program: Program) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"state": f"state {i}" if node else "result"}
         if node:
             row |= {"t": node.t, "alpha": node.alpha, "sigma": node.sigma}
-        rows.append(row | {"weights": {names[source]: weight for source, weight in form.items() if weight != 0.0}})
+        rows.append(
+            row | {"weights": {names[source]: weight for source, weight in form.items() if weight != 0.0}}
+        )
     return rows
 
 
@@ -175,9 +177,17 @@ def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> li
     grid = facts["grid"]
     title = f"Coefficients  {grid['steps']} steps, {grid['schedule']} spacing, {grid['noise']} noise schedule"
     parts += [heading(title), Padding(_coefficient_table(facts, width), (0, 0, 0, 2))]
-    parts += [Padding(Text("x: start state, d0, d1, ...: denoised predictions in order, n...: noises", style="dim"), (0, 2))]
+    parts += [
+        Padding(
+            Text("x: start state, d0, d1, ...: denoised predictions in order, n...: noises", style="dim"),
+            (0, 2),
+        )
+    ]
     area = facts["stability"]
-    parts += [heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}"), Text(area["picture"])]
+    parts += [
+        heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}"),
+        Text(area["picture"]),
+    ]
     note = (
         "dots: |growth per step| <= 1 on y' = (z/h) y, the network answering denoised = (1 + z/h) x/alpha; "
         "data live on [-h, 0], guidance reaches beyond it"
@@ -221,7 +231,12 @@ def _options_table(facts: Mapping[str, Any]) -> RenderableType:
     for option in facts["options"]:
         changed = option["value"] != option["default"]
         value = _word(option["value"])
-        table.add_row(option["name"], f"[bold]{value}[/bold]" if changed else value, _word(option["default"]), option["type"])
+        table.add_row(
+            option["name"],
+            f"[bold]{value}[/bold]" if changed else value,
+            _word(option["default"]),
+            option["type"],
+        )
     return table
 
 
@@ -242,7 +257,9 @@ def _coefficient_table(facts: Mapping[str, Any], width: int) -> RenderableType:
     table.add_column("state", no_wrap=True)
     for column in ("t", "sigma/alpha", "x"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("predictions, newest first" + (f" ({room} of up to {most})" if most > room else ""), no_wrap=True)
+    table.add_column(
+        "predictions, newest first" + (f" ({room} of up to {most})" if most > room else ""), no_wrap=True
+    )
     for row in rows:
         level = row["sigma"] / row["alpha"] if row.get("alpha") else math.inf
         at = [f"{row['t']:.4g}", f"{level:.4g}"] if "t" in row else ["", ""]
@@ -265,7 +282,9 @@ def picture(facts: Mapping[str, Any], suffix: str) -> bytes:
     """
     makers = {".svg": _svg, ".html": _html, ".png": stability.png}
     if suffix not in makers:
-        raise ValueError(f"a picture is written as {', '.join(makers)}, not {suffix or 'a name without ending'!r}")
+        raise ValueError(
+            f"a picture is written as {', '.join(makers)}, not {suffix or 'a name without ending'!r}"
+        )
     return makers[suffix](stability.region(facts["solver"], facts["stability"]["step"]))
 
 

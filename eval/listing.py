@@ -70,7 +70,13 @@ def models() -> Rows:
 def metrics() -> Rows:
     """Numbers of a report."""
     return [
-        {"name": m.name, "label": m.label, "unit": m.unit, "better": m.better, "summary": " ".join(m.meaning.split())}
+        {
+            "name": m.name,
+            "label": m.label,
+            "unit": m.unit,
+            "better": m.better,
+            "summary": " ".join(m.meaning.split()),
+        }
         for m in METRICS
     ]
 
@@ -82,19 +88,36 @@ def guidance() -> Rows:
         value = getattr(guidance_module, name)
         if inspect.isclass(value) and hasattr(value, "bind"):
             doc = inspect.getdoc(value) or ""
-            rows.append({"name": name.lower(), "class": name, "summary": doc.partition("\n")[0], "documentation": doc})
+            rows.append(
+                {"name": name.lower(), "class": name, "summary": doc.partition("\n")[0], "documentation": doc}
+            )
     return rows
 
 
 LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
     "solvers": (
         solvers,
-        (("name", "solver"), ("order", "order"), ("stochastic", "stochastic"), ("options", "options"), ("summary", "")),
+        (
+            ("name", "solver"),
+            ("order", "order"),
+            ("stochastic", "stochastic"),
+            ("options", "options"),
+            ("summary", ""),
+        ),
     ),
-    "schedules": (schedules, (("name", "schedule"), ("options", "options"), ("aliases", "also"), ("summary", ""))),
+    "schedules": (
+        schedules,
+        (("name", "schedule"), ("options", "options"), ("aliases", "also"), ("summary", "")),
+    ),
     "models": (
         models,
-        (("name", "model"), ("shape", "shape"), ("conditional", "classes"), ("guidance", "guidance"), ("summary", "")),
+        (
+            ("name", "model"),
+            ("shape", "shape"),
+            ("conditional", "classes"),
+            ("guidance", "guidance"),
+            ("summary", ""),
+        ),
     ),
     "metrics": (metrics, (("name", "metric"), ("unit", "unit"), ("better", "better"), ("summary", ""))),
     "guidance": (guidance, (("name", "guidance"), ("summary", ""))),

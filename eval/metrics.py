@@ -183,7 +183,8 @@ class Moments:
     @classmethod
     def of(cls, features: ArrayLike) -> Moments:
         """Moments of features of shape (n, d), n >= 2. A shape that is not 2-D is refused: a flattened feature
-        tensor has a covariance too, only not the one meant."""
+        tensor has a covariance too, only not the one meant.
+        """
         f = np.asarray(features, np.float64)
         if f.ndim != 2 or len(f) < 2:
             raise ValueError(f"features have shape {f.shape}; needed: (samples >= 2, features)")
@@ -252,7 +253,9 @@ def frechet_interval(
         return distance, None
     floor = np.asarray(floor_features, np.float64)
     if floor.shape != f.shape:
-        raise ValueError(f"features have shape {f.shape}, the floor's have {floor.shape}; the indices must be the same")
+        raise ValueError(
+            f"features have shape {f.shape}, the floor's have {floor.shape}; the indices must be the same"
+        )
     floor_value, floor_parts = _jackknife(floor, reference, root, groups)
     paired = None if parts is None or floor_parts is None else parts - floor_parts
     return distance, _jackknife_estimate(value - floor_value, paired, level)
@@ -260,7 +263,8 @@ def frechet_interval(
 
 def _jackknife(f: Array, reference: Moments, root: Array, groups: int) -> tuple[float, Array | None]:
     """The distance of all rows, and of the rows without each group. Sums are taken once and a group's are subtracted,
-    which costs groups eigenvalue problems instead of groups passes over the data."""
+    which costs groups eigenvalue problems instead of groups passes over the data.
+    """
     whole = Moments.of(f)
     value = frechet(whole, reference, root)
     n = len(f)

@@ -27,7 +27,8 @@ NOISE_SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {"vp": VP.linear, "edm
 
 def run(program: Program, x: np.ndarray, predict: Callable[[np.ndarray, Node], np.ndarray]) -> np.ndarray:
     """Run a program on plain arrays in their own precision; noises are zero. ``predict(x, node)`` answers in the
-    program's form."""
+    program's form.
+    """
     registers: dict[int, np.ndarray] = {0: x}
     for i, op in enumerate(program.ops):
         if isinstance(op, Combine):
@@ -69,7 +70,9 @@ def state_at(quantiles: Array, node: Node) -> Array:
 def grid_on(noise_schedule: NoiseSchedule, steps: int, ratios: tuple[float, float] = RATIOS) -> TimeGrid:
     """``steps`` intervals uniform in lambda between two values of sigma / alpha."""
     top, bottom = (float(noise_schedule.level_at_ratio(r)) for r in ratios)
-    return make_grid(noise_schedule, steps, f"log_snr:sigma_max={top!r},sigma_min={bottom!r}", final_zero=False)
+    return make_grid(
+        noise_schedule, steps, f"log_snr:sigma_max={top!r},sigma_min={bottom!r}", final_zero=False
+    )
 
 
 def error(solver: str, noise_schedule: NoiseSchedule, steps: int) -> float:

@@ -68,16 +68,32 @@ def run(plan: Plan, store: Store, processes: int) -> Iterator[Done | None]:
 def _start(plan: Plan, store: Store, rank: int, world: int) -> tuple[subprocess.Popen[bytes], Path]:
     log = store.folder / f"worker-{rank}.log"
     threads = str(plan.config.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONUNBUFFERED": "1",
+    }
     # The child must find this very package, installed or not.
     package = __package__.rpartition(".")[0]
     root = str(Path(sys.modules[package].__file__ or ".").parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     if plan.config.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = _visible_device(rank)
-    command = [sys.executable, "-m", f"{package}.eval.work", str(store.folder), "--rank", str(rank), "--world", str(world)]
+    command = [
+        sys.executable,
+        "-m",
+        f"{package}.eval.work",
+        str(store.folder),
+        "--rank",
+        str(rank),
+        "--world",
+        str(world),
+    ]
     with open(log, "wb") as output:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment), log
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        ), log
 
 
 def _visible_device(rank: int) -> str:
@@ -110,6 +126,10 @@ def _watch(
 
 
 def _last_words(log: Path, code: int | None) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    lines = (
+        [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if log.exists()
+        else []
+    )
     reason = lines[-1].strip() if lines else f"exit status {code}"
     return f"a worker process stopped: {reason} (all of it: {log})"

@@ -63,11 +63,14 @@ def middle_budget(budgets: Sequence[int]) -> int:
 
 def cheaper_than(panel: Mapping[str, Any], metric: str, row: int, baseline: int) -> tuple[int, int] | None:
     """(budget of the baseline, smallest budget with which ``row`` is at least as good), for the baseline's largest budget;
-    None where that says nothing (the row is the baseline, or needs as many evaluations)."""
+    None where that says nothing (the row is the baseline, or needs as many evaluations).
+    """
     found = values(panel, metric)
     theirs = [b for b in panel["budgets"] if (baseline, b) in found]
     if not theirs or row == baseline:
         return None
     target = max(theirs)
-    enough = [b for b in sorted(panel["budgets"]) if (row, b) in found and found[row, b] <= found[baseline, target]]
+    enough = [
+        b for b in sorted(panel["budgets"]) if (row, b) in found and found[row, b] <= found[baseline, target]
+    ]
     return (target, enough[0]) if enough and enough[0] < target else None

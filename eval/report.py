@@ -26,9 +26,31 @@ from .ranking import cheaper_than, middle_budget, ranking
 Images = Mapping[str, NDArray[np.uint8]]
 """Key of a cell (or of a reference) -> its first images, uint8 of shape (n, height, width) or (n, channels, h, w)."""
 
-PALETTE = ("#0b6e69", "#c2571a", "#3b5ba9", "#a8326e", "#6a8f1f", "#7b52ab", "#b08900", "#2f8fbf", "#8a4b32", "#4d5761")
+PALETTE = (
+    "#0b6e69",
+    "#c2571a",
+    "#3b5ba9",
+    "#a8326e",
+    "#6a8f1f",
+    "#7b52ab",
+    "#b08900",
+    "#2f8fbf",
+    "#8a4b32",
+    "#4d5761",
+)
 DASHES = ("solid", "dash", "dot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star", "hexagon", "triangle-down")
+SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "cross",
+    "x",
+    "pentagon",
+    "star",
+    "hexagon",
+    "triangle-down",
+)
 CHART_METRICS = ("rms", "rms_median", "frechet", "frechet_excess", "agreement", "ms_per_sample")
 LINEAR = ("agreement", "frechet_excess")
 PLAIN = ("agreement", "ms_per_sample")
@@ -165,9 +187,7 @@ def _finding(panel: Mapping[str, Any]) -> str:
         budget = middle_budget(panel["budgets"])
         pair = {c["row"]: c["rms"]["value"] for c in panel["cells"] if c["budget"] == budget and c.get("rms")}
         if best["row"] in pair and baseline in pair:
-            text += (
-                f" With {budget} evaluations it stands at {number(pair[best['row']])}, Euler (DDIM) at {number(pair[baseline])}."
-            )
+            text += f" With {budget} evaluations it stands at {number(pair[best['row']])}, Euler (DDIM) at {number(pair[baseline])}."
         saved = cheaper_than(panel, "rms", best["row"], baseline)
         if saved:
             text += f" It is as close with {saved[1]} evaluations as Euler with {saved[0]}."
@@ -209,11 +229,16 @@ def _flag(value: bool) -> str:
 
 def _all_numbers(panel: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Every finished cell with every number, folded away."""
-    head = "".join(f"<th>{escape(h)}</th>" for h in ("solver", "spacing", "NFE", "calls", "steps", *(_LABEL[m] for m in metrics)))
+    head = "".join(
+        f"<th>{escape(h)}</th>"
+        for h in ("solver", "spacing", "NFE", "calls", "steps", *(_LABEL[m] for m in metrics))
+    )
     body = []
     for cell in panel["cells"]:
         if cell["status"] == "ok":
-            values = "".join(f"<td>{number(cell[m]['value'], 4) if cell.get(m) else '–'}</td>" for m in metrics)
+            values = "".join(
+                f"<td>{number(cell[m]['value'], 4) if cell.get(m) else '–'}</td>" for m in metrics
+            )
             body.append(
                 f"<tr><td>{escape(cell['solver'])}</td><td>{escape(cell['schedule'])}</td><td>{cell['nfe']}</td><td>{cell['calls']}</td>"
                 f"<td>{cell['steps']}</td>{values}</tr>"
@@ -234,7 +259,11 @@ def _facts(panel: Mapping[str, Any]) -> str:
         facts.append(("Reference images", f"{panel['features']['reference_count']:,}"))
     if panel.get("agreement"):
         facts.append(("Label agreement, converged", f"{100 * panel['agreement']['value']:.1f} %"))
-    return '<dl class="facts">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts) + "</dl>"
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+        + "</dl>"
+    )
 
 
 def _table(panel: Mapping[str, Any], metric: str) -> str:
@@ -246,12 +275,16 @@ def _table(panel: Mapping[str, Any], metric: str) -> str:
             value = sign * cell[metric]["value"]
             best[budget] = min(best.get(budget, math.inf), value)
     notes: list[str] = []
-    wide = ' class="v"' if metric not in PLAIN else ""  # the heading stands above the value, not above its interval
+    wide = (
+        ' class="v"' if metric not in PLAIN else ""
+    )  # the heading stands above the value, not above its interval
     head = "".join(f"<th{wide}>{b}{_calls(panel, b)}</th>" for b in panel["budgets"])
     body = []
     for index, row in enumerate(panel["rows"]):
         tds = "".join(_td(cells.get((index, b)), metric, sign, best.get(b), notes) for b in panel["budgets"])
-        body.append(f'<tr><td><span class="dot" style="background:{_style(index)["color"]}"></span>{escape(row["label"])}</td>{tds}</tr>')
+        body.append(
+            f'<tr><td><span class="dot" style="background:{_style(index)["color"]}"></span>{escape(row["label"])}</td>{tds}</tr>'
+        )
     foot = "".join(f"<div><sup>{i + 1}</sup> {escape(text)}</div>" for i, text in enumerate(notes))
     unit = next(m.unit for m in METRICS if m.name == metric)
     return f"""<h3>{escape(_LABEL[metric])} <small>{escape(unit)}; columns: network evaluations per sample (NFE)</small></h3>
@@ -264,7 +297,9 @@ def _calls(panel: Mapping[str, Any], budget: int) -> str:
     return "" if panel["cost"] == 1 else f"<small>{budget // panel['cost']} calls</small>"
 
 
-def _td(cell: Mapping[str, Any] | None, metric: str, sign: float, best: float | None, notes: list[str]) -> str:
+def _td(
+    cell: Mapping[str, Any] | None, metric: str, sign: float, best: float | None, notes: list[str]
+) -> str:
     if cell is None or cell["status"] == "pending":
         return '<td class="none">…</td>'
     if cell["status"] != "ok" or not cell.get(metric):
@@ -310,10 +345,14 @@ def _ranking(panel: Mapping[str, Any], metric: str) -> str:
         width = 0 if not r["ratio"] else 100 / r["ratio"]
         body.append(
             f'<tr><td><span class="dot" style="background:{_style(r["row"])["color"]}"></span>{label}'
-            f'{"<sup>*</sup>" if missing else ""}</td>{ranks}<td>{r["mean_rank"]:.1f}</td>'
+            f"{'<sup>*</sup>' if missing else ''}</td>{ranks}<td>{r['mean_rank']:.1f}</td>"
             f'<td><span class="meter"><span style="width:{width:.0f}%"></span></span>{ratio}</td></tr>'
         )
-    star = "<div><sup>*</sup> over the budgets it can meet only: its place overall is not comparable.</div>" if partial else ""
+    star = (
+        "<div><sup>*</sup> over the budgets it can meet only: its place overall is not comparable.</div>"
+        if partial
+        else ""
+    )
     return f"""<h3>Ranking <small>place at each NFE, ties share it; overall by the geometric mean of (value / best value at that NFE)</small></h3>
 <div class="scroll"><table><thead><tr><th>solver</th>{head}<th>mean rank</th><th>ratio to the best</th></tr></thead>
 <tbody>{"".join(body)}</tbody></table></div><div class="foot">{star}</div>"""
@@ -371,7 +410,8 @@ def _grid(panel: Mapping[str, Any], strips: Mapping[str, Any], images: Images) -
         return ""
     shown = str(sorted(panel["budgets"])[min(1, len(panel["budgets"]) - 1)])
     buttons = "".join(
-        f'<button type="button" value="{b}" aria-pressed="{_flag(str(b) == shown)}">{b}</button>' for b in panel["budgets"]
+        f'<button type="button" value="{b}" aria-pressed="{_flag(str(b) == shown)}">{b}</button>'
+        for b in panel["budgets"]
     )
     rows = []
     key = panel["reference"]["key"]
@@ -398,7 +438,11 @@ def _grid(panel: Mapping[str, Any], strips: Mapping[str, Any], images: Images) -
 
 def _notes(result: Mapping[str, Any]) -> str:
     used = {m for p in result["panels"] for m in _metrics_of(p)}
-    items = [f"<b>{escape(m.label)}</b> ({escape(m.unit)}): {escape(m.meaning)}" for m in METRICS if m.name in used | {"nfe"}]
+    items = [
+        f"<b>{escape(m.label)}</b> ({escape(m.unit)}): {escape(m.meaning)}"
+        for m in METRICS
+        if m.name in used | {"nfe"}
+    ]
     items += [
         "<b>Resolution</b>: the converged solution has an error of its own, estimated from half as many steps. Distances near it "
         "are not resolved.",
@@ -409,7 +453,11 @@ def _notes(result: Mapping[str, Any]) -> str:
         "<b>Equal noise</b>: index i has its own seed, so all solvers start from the same noise, and neither batch size nor the "
         "number of processes changes a sample.",
     ]
-    items += [f"<b>{escape(panel_title(p))}</b>: {escape(text)}" for p in result["panels"] for text in p.get("warnings", [])]
+    items += [
+        f"<b>{escape(panel_title(p))}</b>: {escape(text)}"
+        for p in result["panels"]
+        for text in p.get("warnings", [])
+    ]
     return f'<section id="notes"><h2>Notes</h2><ul class="notes">{"".join(f"<li>{i}</li>" for i in items)}</ul></section>'
 
 
@@ -457,7 +505,10 @@ def _chart_data(panel: Mapping[str, Any], strips: Mapping[str, Any]) -> dict[str
     keep = ("row", "steps", "nfe", *metrics)
     return {
         "id": _id(panel),
-        "rows": [{"label": r["label"], "stochastic": r["stochastic"], **_style(i)} for i, r in enumerate(panel["rows"])],
+        "rows": [
+            {"label": r["label"], "stochastic": r["stochastic"], **_style(i)}
+            for i, r in enumerate(panel["rows"])
+        ],
         "cells": [{k: c.get(k) for k in keep} for c in panel["cells"] if c["status"] == "ok"],
         "metrics": metrics,
         "ticks": panel["budgets"],

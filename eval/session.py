@@ -144,16 +144,23 @@ def _write_reference_features(plan: Plan, store: Store) -> None:
         features = load_target(panel.model).features
         assert features is not None
         moments = Moments.of(features(features.reference_images())[0])
-        store.save_arrays(name, {"mean": moments.mean, "covariance": moments.covariance}, {"count": moments.count})
+        store.save_arrays(
+            name, {"mean": moments.mean, "covariance": moments.covariance}, {"count": moments.count}
+        )
 
 
 def _announce(plan: Plan, store: Store, console: Console, processes: int) -> None:
     cells = [c for p in plan.panels for c in p.cells if c.message is None]
     ready = sum(
-        all(store.has(c.key, k) for k in p.chunks(plan.config.chunk)) for p in plan.panels for c in p.cells if not c.message
+        all(store.has(c.key, k) for k in p.chunks(plan.config.chunk))
+        for p in plan.panels
+        for c in p.cells
+        if not c.message
     )
     names = ", ".join(p.id for p in plan.panels)
-    console.print(f"[bold]fewstep eval[/bold]  {names}: {len(cells)} cells, {processes} process{'es' * (processes > 1)}")
+    console.print(
+        f"[bold]fewstep eval[/bold]  {names}: {len(cells)} cells, {processes} process{'es' * (processes > 1)}"
+    )
     if ready:
         console.print(f"continuing: {ready} of {len(cells)} cells are in {store.folder}")
     else:
@@ -178,7 +185,12 @@ def _record(plan: Plan, store: Store, processes: int, command: Sequence[str]) ->
         "processes": processes,
         "versions": versions(),
         "git": _git(),
-        "host": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(), "machine": platform.machine()},
+        "host": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "machine": platform.machine(),
+        },
         "config": asdict(plan.config),
         "plan": plan.to_json(),
     }
@@ -215,13 +227,20 @@ def _git() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
         changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
+    return (
+        head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
+    )
 
 
 def _cpu() -> str:
@@ -267,7 +286,9 @@ class _Board:
 
     def finished(self) -> Iterator[dict[str, Any]]:
         """Panels that became complete, in order."""
-        while self.shown < len(self.panels) and all(c["status"] != "pending" for c in self.panels[self.shown]["cells"]):
+        while self.shown < len(self.panels) and all(
+            c["status"] != "pending" for c in self.panels[self.shown]["cells"]
+        ):
             yield self.panels[self.shown]
             self.shown += 1
 
@@ -284,7 +305,12 @@ def _display(plan: Plan, store: Store, console: Console, processes: int) -> None
         TextColumn("{task.fields[left]}"),
         console=console,
     )
-    total = sum(_weight(plan, p, j, len(c)) for p in plan.panels for j in jobs(p) for c in chunks_of(p, j, plan.config.chunk))
+    total = sum(
+        _weight(plan, p, j, len(c))
+        for p in plan.panels
+        for j in jobs(p)
+        for c in chunks_of(p, j, plan.config.chunk)
+    )
     left = sum(_weight(plan, p, j, len(c)) for p, j, c in pending(plan, store))
     if not left:
         return
@@ -296,15 +322,23 @@ def _display(plan: Plan, store: Store, console: Console, processes: int) -> None
             return progress
         return Group(metric_table(board.panels[board.shown], "rms"), Text(), progress)
 
-    live = Live(view(), console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+    live = (
+        Live(view(), console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+    )
     with live or nullcontext():
         for done in run(plan, store, processes):
             completed = progress.tasks[0].completed
-            progress.update(task, left=_left(time.monotonic() - began, completed - done_before, total - completed))
+            progress.update(
+                task, left=_left(time.monotonic() - began, completed - done_before, total - completed)
+            )
             if done is None:
                 continue
             panel, job, chunk = done
-            progress.update(task, advance=_weight(plan, panel, job, len(chunk)), description=_doing(panel, job.kind, job.solver))
+            progress.update(
+                task,
+                advance=_weight(plan, panel, job, len(chunk)),
+                description=_doing(panel, job.kind, job.solver),
+            )
             cell = board.update(done)
             if cell is not None and live is None:
                 console.print(_line(panel, cell), soft_wrap=True)

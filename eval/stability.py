@@ -128,7 +128,11 @@ def braille(area: Region, columns: int = 60) -> str:
         for column in range(columns):
             code = sum(bits[j][i] for j in range(4) for i in range(2) if dots[4 * row + j, 2 * column + i])
             on_x, on_y = y0 // 4 == row, x0 // 2 == column
-            line += chr(0x2800 + code) if code else ("┼" if on_x and on_y else "─" if on_x else "│" if on_y else " ")
+            line += (
+                chr(0x2800 + code)
+                if code
+                else ("┼" if on_x and on_y else "─" if on_x else "│" if on_y else " ")
+            )
         label = {0: f"{area.imag[0]:+.1f}i", y0 // 4: "0", rows - 1: f"{area.imag[-1]:+.1f}i"}.get(row, "")
         lines.append(f"{label:>6} {line}")
     low, high = f"{area.real[0]:g}", f"{area.real[-1]:g}"
@@ -224,9 +228,13 @@ def png(area: Region, side: int = 720) -> bytes:
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (x - area.real[0]) / span_x * side, top + (area.imag[0] - y) / span_y * height
 
-    canvas.paste(Image.open(io.BytesIO(raster(area))).resize((side, height), Image.Resampling.NEAREST), (left, top))
+    canvas.paste(
+        Image.open(io.BytesIO(raster(area))).resize((side, height), Image.Resampling.NEAREST), (left, top)
+    )
     draw.text((left, 16), area.solver, ink, large)
-    draw.text((left, 48), f"|g| per step on y' = (z/h) y, h = {area.step:g} in log-SNR; {area.words}", soft, small)
+    draw.text(
+        (left, 48), f"|g| per step on y' = (z/h) y, h = {area.step:g} in log-SNR; {area.words}", soft, small
+    )
     draw.line([at(0, area.imag[0]), at(0, area.imag[-1])], line, 1)
     draw.line([at(area.real[0], 0), at(area.real[-1], 0)], line, 1)
     draw.line([at(max(-area.step, area.real[0]), 0), at(0, 0)], warm, 4)

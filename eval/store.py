@@ -114,7 +114,9 @@ class Store:
     def has(self, key: str, chunk: Chunk) -> bool:
         return self.chunk_path(key, chunk).exists()
 
-    def save_chunk(self, key: str, chunk: Chunk, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+    def save_chunk(
+        self, key: str, chunk: Chunk, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]
+    ) -> None:
         """Write arrays (first axis: the samples) and a small dictionary of facts (counts, seconds)."""
         self.save_arrays(f"chunks/{key}/{chunk.name}", arrays, info)
 
@@ -127,7 +129,9 @@ class Store:
         from safetensors.numpy import save
 
         # One metadata entry only: the order of several is not kept by the format, and equal chunks should be equal bytes.
-        data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"info": canonical(dict(info))})
+        data = save(
+            {k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"info": canonical(dict(info))}
+        )
         write_atomically(self.folder / name, data)
 
     def load_arrays(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -141,13 +145,19 @@ class Store:
                 return {key: file.get_tensor(key) for key in file.keys()}, info
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             path.unlink(missing_ok=True)
-            raise ValueError(f"{path} was damaged ({error}); it is removed, run the same command again") from None
+            raise ValueError(
+                f"{path} was damaged ({error}); it is removed, run the same command again"
+            ) from None
 
-    def load_chunks(self, key: str, parts: Iterable[Chunk]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    def load_chunks(
+        self, key: str, parts: Iterable[Chunk]
+    ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """Several chunks joined in the order given: the same result whoever wrote them."""
         loaded = [self.load_chunk(key, part) for part in parts]
         names = loaded[0][0].keys()
-        return {n: np.concatenate([arrays[n] for arrays, _ in loaded]) for n in names}, [info for _, info in loaded]
+        return {n: np.concatenate([arrays[n] for arrays, _ in loaded]) for n in names}, [
+            info for _, info in loaded
+        ]
 
     # failures ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import Estimate, Moments, frechet_interval, mean_interval, median_interval, rms_distance, share_interval
+from .metrics import (
+    Estimate,
+    Moments,
+    frechet_interval,
+    mean_interval,
+    median_interval,
+    rms_distance,
+    share_interval,
+)
 from .store import Chunk, Store
 from .sweep import Cell, Panel, Plan
 from .work import chunks_of, jobs
@@ -67,7 +75,12 @@ class Summary:
     def cell(self, cell: Cell) -> dict[str, Any]:
         """One cell: its place, its status (``ok``, ``pending``, ``failed``, ``unreachable``) and its numbers."""
         row = self.panel.rows[cell.row]
-        result: dict[str, Any] = {"row": cell.row, "solver": row.solver, "schedule": row.schedule, "budget": cell.budget}
+        result: dict[str, Any] = {
+            "row": cell.row,
+            "solver": row.solver,
+            "schedule": row.schedule,
+            "budget": cell.budget,
+        }
         if cell.message is not None:
             return {**result, "key": None, "status": "unreachable", "message": cell.message}
         result |= {"key": cell.key, "steps": cell.steps}
@@ -84,7 +97,9 @@ class Summary:
             result["rms"] = mean_interval(arrays["distance"]).to_json()
             result["rms_median"] = median_interval(arrays["distance"]).to_json()
         if "features" in arrays:
-            distance, excess = frechet_interval(arrays["features"], self._reference_moments(), self._floor_features())
+            distance, excess = frechet_interval(
+                arrays["features"], self._reference_moments(), self._floor_features()
+            )
             result["frechet"] = distance.to_json()
             result["frechet_excess"] = excess.to_json() if excess else None
         if (agreement := _agreement(arrays)) is not None:
@@ -145,7 +160,12 @@ def summarise(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
         summary = Summary(plan, panel, store)
         panels.append({**summary.head(), "cells": [summary.cell(c) for c in panel.cells]})
     complete = all(c["status"] != "pending" for p in panels for c in p["cells"])
-    return {"format": 1, "complete": complete, "run": {k: v for k, v in run.items() if k != "plan"}, "panels": panels}
+    return {
+        "format": 1,
+        "complete": complete,
+        "run": {k: v for k, v in run.items() if k != "plan"},
+        "panels": panels,
+    }
 
 
 def write(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +175,9 @@ def write(store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     plan = Plan.from_json(run["plan"])
     result = summarise(store, run)
     store.save_json("metrics.json", result)
-    store.save_lines("cells.jsonl", ({"panel": p["id"], **cell} for p in result["panels"] for cell in p["cells"]))
+    store.save_lines(
+        "cells.jsonl", ({"panel": p["id"], **cell} for p in result["panels"] for cell in p["cells"])
+    )
     images, lines = {}, []
     for panel, numbers in zip(plan.panels, result["panels"]):
         summary = Summary(plan, panel, store)

@@ -165,7 +165,9 @@ def split_numbers(text: str, kind: Callable[[str], Any], what: str) -> tuple[Any
         try:
             numbers.append(kind(word))
         except ValueError:
-            raise ValueError(f"{what}: {word!r} in {text!r} is not {'an integer' if kind is int else 'a number'}") from None
+            raise ValueError(
+                f"{what}: {word!r} in {text!r} is not {'an integer' if kind is int else 'a number'}"
+            ) from None
     return tuple(dict.fromkeys(numbers))
 
 
@@ -236,7 +238,12 @@ def _panel(
     cost = 1 if scale in (None, 0.0, 1.0) else 2
     budgets = config.nfe or tuple(cost * n for n in DEFAULT_NFE)
     samples = config.samples or target.samples
-    base = {"model": target.fingerprint, "guidance": scale, "seed": config.seed, "device": config.device.split(":")[0]}
+    base = {
+        "model": target.fingerprint,
+        "guidance": scale,
+        "seed": config.seed,
+        "device": config.device.split(":")[0],
+    }
     truth = reference.plan(target, base)
     rows: list[Row] = []
     cells: list[Cell] = []
@@ -268,7 +275,10 @@ def _panel(
         reference=truth,
         features=target.features.fingerprint if target.features else None,
         conditional=target.conditional,
-        identity={**base, "converged solution": f"{truth.solver}, {truth.steps} steps on {truth.schedule}, key {truth.key}"},
+        identity={
+            **base,
+            "converged solution": f"{truth.solver}, {truth.steps} steps on {truth.schedule}, key {truth.key}",
+        },
         note=target.note,
         warnings=tuple(warnings),
     )
@@ -326,4 +336,6 @@ def _refuse_impossible(panels: Sequence[Panel]) -> None:
         for index in range(len(panel.rows)):
             mine = [c for c in panel.cells if c.row == index]
             if all(c.message for c in mine):
-                raise ValueError(f"{panel.id}: {mine[0].message}; add one of them to --nfe or drop the solver")
+                raise ValueError(
+                    f"{panel.id}: {mine[0].message}; add one of them to --nfe or drop the solver"
+                )

@@ -64,7 +64,9 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
             lines.append(cell["message"])
     if any(row["stochastic"] for row in panel["rows"]):
         names = ", ".join(row["label"] for row in panel["rows"] if row["stochastic"])
-        lines.append(f"{names}: stochastic, so there is no distance to the solution of the differential equation")
+        lines.append(
+            f"{names}: stochastic, so there is no distance to the solution of the differential equation"
+        )
     return ["- : " + lines[0], *("    " + line for line in lines[1:])] if lines else []
 
 
@@ -75,9 +77,13 @@ def result_tables(panel: Mapping[str, Any]) -> RenderableType:
         parts += [Text(), metric_table(panel, "frechet", spread=True)]
     facts = []
     if panel["reference"].get("resolution"):
-        facts.append(f"resolution {number(panel['reference']['resolution']['value'], 2)} (RMS error of the converged solution)")
+        facts.append(
+            f"resolution {number(panel['reference']['resolution']['value'], 2)} (RMS error of the converged solution)"
+        )
     if panel.get("floor"):
-        facts.append(f"Fréchet floor {number(panel['floor']['value'])} {half_width(panel['floor'])} (converged samples)")
+        facts.append(
+            f"Fréchet floor {number(panel['floor']['value'])} {half_width(panel['floor'])} (converged samples)"
+        )
     facts.append(f"{panel['samples']:,} samples a cell, intervals at 95 %")
     for line in ["; ".join(facts), *notes(panel), *panel.get("warnings", []), panel.get("note", "")]:
         if line:
@@ -107,14 +113,26 @@ def _word(value: Any) -> str:
 
 def comparison_table(panel: Mapping[str, Any]) -> Table:
     """Paired differences of one panel: what B changed against A."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold")
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold"
+    )
     table.title = panel["id"]
     for heading in ("solver", "NFE", "metric", "A", "B", "B - A", ""):
-        table.add_column(heading, justify="left" if heading in ("solver", "metric", "") else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading in ("solver", "metric", "") else "right", no_wrap=True
+        )
     styles = {"better": "green", "worse": "red"}
     for row in panel["cells"]:
         for metric, d in row["metrics"].items():
             difference = f"{d['difference']['value']:+.3g} {half_width(d['difference'])}"
             verdict = Text(d["verdict"], style=styles.get(d["verdict"], "dim"))
-            table.add_row(Text(row["label"]), str(row["budget"]), _LABEL[metric], number(d["a"]), number(d["b"]), difference, verdict)
+            table.add_row(
+                Text(row["label"]),
+                str(row["budget"]),
+                _LABEL[metric],
+                number(d["a"]),
+                number(d["b"]),
+                difference,
+                verdict,
+            )
     return table

@@ -154,11 +154,15 @@ class Target:
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
                 shapes = f"x {tuple(x.shape)} and t {tuple(times.shape)}"
-                raise ValueError(f"model {self.name}: its network failed on a first call with {shapes}: {why}") from error
+                raise ValueError(
+                    f"model {self.name}: its network failed on a first call with {shapes}: {why}"
+                ) from error
             best = min(best, time.perf_counter() - began)
         if not isinstance(output, torch.Tensor) or output.shape != x.shape:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"model {self.name}: its network must answer in the shape of x, {tuple(x.shape)}, got {got}")
+            raise ValueError(
+                f"model {self.name}: its network must answer in the shape of x, {tuple(x.shape)}, got {got}"
+            )
         return 1000.0 * best / batch
 
 

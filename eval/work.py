@@ -132,7 +132,9 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     nfe, rest = divmod(denoiser.nfe, len(indices))
     expected = panel.cost * _program_nfe(target, job)
     if rest or nfe != expected:
-        raise Mismatch(f"{job.solver}: {denoiser.nfe / len(indices)} evaluations counted, the program has {expected}")
+        raise Mismatch(
+            f"{job.solver}: {denoiser.nfe / len(indices)} evaluations counted, the program has {expected}"
+        )
     arrays: dict[str, np.ndarray] = {}
     if job.kind != "cell":
         arrays["samples"] = x
@@ -148,7 +150,13 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
             arrays["features"], arrays["predicted"] = target.features(images)
         if (labels := target.labels(indices)) is not None:
             arrays["label"] = np.asarray(labels, np.int64)
-    info = {"nfe": nfe, "calls": nfe // panel.cost, "seconds": seconds, "cpu_seconds": cpu, "count": len(indices)}
+    info = {
+        "nfe": nfe,
+        "calls": nfe // panel.cost,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "count": len(indices),
+    }
     store.save_chunk(job.key, chunk, arrays, info)
 
 
@@ -162,7 +170,9 @@ def _hash_bytes(images: np.ndarray) -> np.ndarray:
     """SHA-256 of each image as 32 bytes, shape (n, 32)."""
     import hashlib
 
-    rows = [np.frombuffer(hashlib.sha256(np.ascontiguousarray(i).tobytes()).digest(), np.uint8) for i in images]
+    rows = [
+        np.frombuffer(hashlib.sha256(np.ascontiguousarray(i).tobytes()).digest(), np.uint8) for i in images
+    ]
     return np.stack(rows)
 
 

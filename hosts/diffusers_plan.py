@@ -80,14 +80,16 @@ class Plan:
         """Whether the program reads a state again after a later evaluation, so that an edit of x is not all it sees."""
         evaluated = {op.dst: op.src for op in self.program.ops if isinstance(op, Evaluate)}
         predictions = set(evaluated)
-        for op in self.program.ops:  # a prediction in another form: a combination of one evaluation and its state
+        for (
+            op
+        ) in self.program.ops:  # a prediction in another form: a combination of one evaluation and its state
             if isinstance(op, Combine):
                 sources = {src for src, _ in op.terms}
                 if any(sources <= {dst, src} and dst in sources for dst, src in evaluated.items()):
                     predictions.add(op.dst)
-        life = self.program.lifetimes
+        states = [(r, a, b) for r, (a, b) in self.program.lifetimes.items() if r not in predictions]
         return any(
-            isinstance(op, Evaluate) and any(a < i < b and r not in predictions and r != op.src for r, (a, b) in life.items())
+            isinstance(op, Evaluate) and any(a < i < b and r != op.src for r, a, b in states)
             for i, op in enumerate(self.program.ops)
         )
 
@@ -185,7 +187,9 @@ def make_plan(
     n = _count(steps, sigmas, timesteps)
     source = source_of(config, mu=mu)
     if source.prediction == "flow" and config.get("use_dynamic_shifting") and mu is None:
-        raise ValueError("use_dynamic_shifting is set: set_timesteps needs mu, which pipelines compute from the image size")
+        raise ValueError(
+            "set_timesteps needs mu (pipelines compute it from the image size): use_dynamic_shifting is set"
+        )
     if schedule is not None and sigmas is not None and source.clock == "sigma" and is_default_sigmas(sigmas):
         # The pipeline sends these although nobody asked for them; the schedule that somebody did ask for counts.
         sigmas = timesteps = None
@@ -221,15 +225,16 @@ def make_plan(
         if told is not None and source.clock == "index":
             grid = _grid(source, nodes, np.append(told, grid.t[-1:])[: len(nodes)])
     except ValueError as error:
-        raise ValueError(f"{'custom' if told is not None or sigmas else schedule or 'native'} schedule: {error}") from None
+        name = "the given" if told is not None or sigmas else schedule or "the model's own"
+        raise ValueError(f"{name} schedule with {n} steps: {error}") from None
     plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction, idle)
     return replace(plan, timesteps=_published(plan, told))
 
 
-def _count(
-    steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
-) -> int:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1):
+def _count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
+    if steps is not None and (
+        isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1
+    ):
         raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
     lengths = {len(v) for v in (sigmas, timesteps) if v is not None}
     if steps is None and not lengths:
@@ -237,7 +242,7 @@ def _count(
     if 0 in lengths:
         raise ValueError("timesteps and sigmas must not be empty")
     if len(lengths) > 1:
-        raise ValueError(f"timesteps and sigmas must have the same length, got {len(timesteps or ())} and {len(sigmas or ())}")
+        raise ValueError(f"timesteps and sigmas must have the same length, got {sorted(lengths)}")
     if steps is not None and lengths and steps not in lengths and steps + 1 not in lengths:
         raise ValueError(f"num_inference_steps is {steps}, but {lengths.pop()} timesteps or sigmas are given")
     return lengths.pop() if lengths else int(steps or 0)

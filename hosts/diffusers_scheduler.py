@@ -6,31 +6,33 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..samplers import Stepper, parse
-from ..schedules import VP, Node, conversion, schedule
-from ..schedules.diffusers_config import Source, is_flow, source_of
+from ..samplers import Solver, Stepper
+from ..schedules import VP, Node, conversion
+from ..schedules.diffusers_config import Source, source_of
 from ..schedules.spec import suggestion
+from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
+from .diffusers_noise import affine, coefficients, from_numpy, numbers
 from .diffusers_plan import Plan, Settings, make_plan
+from .diffusers_run import Draws, FewStepSchedulerOutput, Result, Run
 
-__all__ = ["FewStepScheduler", "FewStepSchedulerOutput"]
-
-# Keys of other schedulers, kept in the config unseen, that tell how their class counts timesteps.
-_HIDDEN = ("solver_order", "predictor_order", "set_alpha_to_one", "variance_type", "algorithm_type")
 # What loaders of pipelines pass to every component.
-_LOADER = {"torch_dtype", "dtype", "variant", "device_map", "low_cpu_mem_usage", "use_safetensors", "trust_remote_code"}
-_UNREAD = {"solver", "schedule", "integer_timesteps"}
+_LOADER = {
+    "torch_dtype",
+    "dtype",
+    "variant",
+    "device_map",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "trust_remote_code",
+}
 
 
 class FewStepScheduler(SchedulerMixin, ConfigMixin):
@@ -59,6 +61,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     Raises ValueError for unknown names and options, and for models that cannot be stepped this way.
     """
+
+    # Pipelines save the module of the class; this one is in sys.modules as soon as fewstep is imported.
+    __module__ = f"{__package__}.diffusers"
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + [
         "FlowMatchEulerDiscreteScheduler",
@@ -116,25 +121,25 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        solver: str = "unipc",
+        solver: str | Solver = "unipc",
         schedule: str | None = None,
         integer_timesteps: bool = False,
         **unknown: Any,
     ) -> None:
-        _check_names(unknown, type(self).__name__)
-        _check_specs(solver, schedule)
-        if trained_betas is not None:
-            self.register_to_config(trained_betas=[float(b) for b in trained_betas])
-        source = source_of(dict(self.config))
+        reject_unknown(unknown, self._parameters(), type(self).__name__)
+        self.register_to_config(**canonical(solver, schedule, trained_betas))
+        source = self._source()
         self._warned: set[str] = set()
         self._threads = threading.local()
         # Before set_timesteps the schedule is the training one, as in diffusers.
         index = np.arange(source.train_steps)[::-1]
         levels = source.noise_schedule.train_levels[::-1]
-        times = index.astype(np.int64) if source.clock == "index" else source.timesteps(levels).astype(np.float32)
-        self._latest = _Run(_tensor(times.copy()), _tensor(np.append(levels, 0.0).astype(np.float32)))
+        times = (
+            index.astype(np.int64) if source.clock == "index" else source.timesteps(levels).astype(np.float32)
+        )
+        self._latest = Run(from_numpy(times.copy()), from_numpy(np.append(levels, 0.0).astype(np.float32)))
 
-    # -- configuration -------------------------------------------------------------------------------------------------
+    # -- configuration ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -150,21 +155,21 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 "from_pretrained takes a folder or a repository"
             )
         given = {k: v for k, v in kwargs.items() if k not in _LOADER and not k.startswith("_")}
-        _check_names({k: v for k, v in given.items() if k not in cls._parameters()}, f"{cls.__name__}.from_config")
-        return super().from_config(_complete(config, given), return_unused_kwargs, **given)
+        reject_unknown(given, cls._parameters(), f"{cls.__name__}.from_config")
+        return super().from_config(spelled_out(config, given), return_unused_kwargs, **given)
 
     @classmethod
     def _parameters(cls) -> dict[str, Any]:
         found = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
+    @property
+    def _values(self) -> dict[str, Any]:
+        """The config as it is now: hosts register new values and write to its attributes while it is in use."""
+        return vars(self._internal_dict)
+
     def _settings(self) -> Settings:
-        """What the config says now; read late, because hosts change configs that are in use."""
-        config = self._internal_dict
-        attributes = vars(config)
-        pairs = [(k, attributes[k]) for k in _READ if k in attributes]
-        pairs += [(k, config[k]) for k in _HIDDEN if k in config]
-        return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)
+        return settings_of(self._values)
 
     def _source(self, mu: float | None = None) -> Source:
         return source_of(dict(self._settings()), mu=mu)
@@ -173,10 +178,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """Set the static shift of a flow model; takes effect with the next ``set_timesteps``."""
         self.register_to_config(shift=shift, flow_shift=None)
 
-    # -- the state of a run, one for each thread -----------------------------------------------------------------------
+    # -- the state of a run, one for each thread -------------------------------------------------------------------
 
     @property
-    def _run(self) -> _Run:
+    def _run(self) -> Run:
         return getattr(self._threads, "run", None) or self._latest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FewStepScheduler:
@@ -256,7 +261,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         elif value == run.step_index - 1 and run.before is not None:  # Cosmos takes a trial step first
             run.step_index, run.stepper, run.before = value, run.before, None
         else:
-            raise ValueError(f"step_index cannot be moved from {run.step_index} to {value}; call set_timesteps instead")
+            raise ValueError(
+                f"step_index cannot be moved from {run.step_index} to {value}; call set_timesteps instead"
+            )
 
     @property
     def init_noise_sigma(self) -> float:
@@ -268,13 +275,13 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     @property
     def alphas_cumprod(self) -> torch.Tensor:
         """alpha^2 at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
-        return _tensor(self._discrete("alphas_cumprod").alphas_cumprod.astype(np.float32))
+        return from_numpy(self._discrete("alphas_cumprod").alphas_cumprod.astype(np.float32))
 
     @property
     def betas(self) -> torch.Tensor:
         """beta at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
         product = self._discrete("betas").alphas_cumprod
-        return _tensor((1.0 - product / np.concatenate([[1.0], product[:-1]])).astype(np.float32))
+        return from_numpy((1.0 - product / np.concatenate([[1.0], product[:-1]])).astype(np.float32))
 
     @property
     def alphas(self) -> torch.Tensor:
@@ -290,7 +297,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
 
-    # -- a run -----------------------------------------------------------------------------------------------------------
+    # -- a run -----------------------------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -307,52 +314,54 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             device: where ``timesteps`` shall lie; ``sigmas`` stay on the CPU.
             timesteps: the timesteps instead, decreasing. On flow models they are not shifted: sigma = t / 1000.
             sigmas: the noise levels instead, decreasing, with or without a 0 at the end. On flow models they are
-                shifted as the config says. With both, sigmas drive the solver and timesteps are what the network is told.
+                shifted as the config says. With both, sigmas drive the solver and timesteps go to the network.
             mu: the parameter of a dynamic shift.
 
         Raises ValueError for steps < 1, levels that do not decrease, lists of different lengths, a prediction that
         says nothing at the first level (epsilon at zero terminal SNR) and solvers that a pipeline cannot host.
         """
-        config = self.config
+        values = self._values
         plan = make_plan(
             self._settings(),
-            config["solver"],
-            config["schedule"],
+            values["solver"],
+            values["schedule"],
             self._denoises(),
             num_inference_steps,
             None if mu is None else float(mu),
-            _floats(sigmas),
-            _floats(timesteps),
+            numbers(sigmas),
+            numbers(timesteps),
         )
         steps = plan.grid.steps + plan.idle
-        run = _Run(*self._published(plan, device), plan, steps)
+        run = Run(*self._published(plan, device), plan, steps)
         self._threads.run = self._latest = run
 
     def _denoises(self) -> bool:
         """Whether the program is fed x_0: models with preconditioning, and clipping of x_0."""
-        config = self.config
-        if config.get("clip_sample") or config.get("thresholding"):
+        values = self._values
+        if values["clip_sample"] or values["thresholding"]:
             return True
-        return config.get("sigma_data") is not None and self._source().sigma_data is not None
+        return values["sigma_data"] is not None and self._source().sigma_data is not None
 
     def _published(self, plan: Plan, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
         times = plan.timesteps
-        whole = plan.source.clock == "index" and (self.config["integer_timesteps"] or not np.any(times % 1.0))
-        with torch.inference_mode(False):  # a host may write to sigmas outside of the mode that it called us in
+        whole = plan.source.clock == "index" and (
+            self._values["integer_timesteps"] or not np.any(times % 1.0)
+        )
+        with torch.inference_mode(
+            False
+        ):  # a host may write to sigmas outside of the mode that it called us in
             kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
-            return _tensor(kind).to(device), _tensor(plan.sigmas.astype(np.float32))
+            return from_numpy(kind).to(device), from_numpy(plan.sigmas.astype(np.float32))
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The state as the network wants it: unchanged, for EDM models ``x / sqrt(sigma^2 + sigma_data^2)``."""
-        if self.config.get("sigma_data") is None or self._run.plan is None:
-            return sample
-        run, source = self._run, self._run.plan.source
-        if source.sigma_data is None:
+        run = self._run
+        if run.plan is None or run.plan.source.sigma_data is None:
             return sample
         index = run.step_index
         if index is None:
             index = self._first_index(timestep)
-        return sample * source.input_scale(float(run.plan.sigmas[index]))
+        return sample * run.plan.source.input_scale(float(run.plan.sigmas[index]))
 
     def step(
         self,
@@ -394,7 +403,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         index = run.step_index
         assert index is not None
         if index >= len(plan.timesteps):
-            raise ValueError(f"the run of {len(plan.timesteps)} evaluations is over; call set_timesteps() to start another")
+            raise ValueError(
+                f"the run of {len(plan.timesteps)} evaluations is over; call set_timesteps() to start another"
+            )
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
@@ -404,7 +415,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             run.wait -= 1
             previous = sample
         else:
-            previous = self._advance(run, plan, index, fed, sample, generator, variance_noise, model_output.dtype)
+            previous = self._advance(
+                run, plan, index, fed, sample, generator, variance_noise, model_output.dtype
+            )
         run.step_index = index + 1
         if previous.dtype != dtype:
             previous = previous.to(dtype)
@@ -413,9 +426,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             return FewStepSchedulerOutput(previous, x_0)
         if torch.compiler.is_compiling():
             return previous, denoised() if callable(denoised) else denoised
-        return _Result(previous, denoised)
+        return Result(previous, denoised)
 
-    def _begin(self, run: _Run, timestep: Any, eta: float) -> Plan:
+    def _begin(self, run: Run, timestep: Any, eta: float) -> Plan:
         """Start the run at the first timestep that is seen; the plan may have been edited."""
         plan = run.plan
         assert plan is not None
@@ -426,7 +439,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         options = {}
         if eta:
             if "eta" not in plan.solver.declaration.options:
-                raise ValueError(f"solver {plan.solver.spec!r} has no eta; use one that has, such as 'ddim' or 'euler_ancestral'")
+                raise ValueError(
+                    f"solver {plan.solver.spec!r} has no eta; use one that has, such as 'ddim' or 'euler_ancestral'"
+                )
             options["eta"] = float(eta)
         start = plan.start(index, options)
         run.step_index, run.wait = index, start.wait
@@ -436,14 +451,16 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 f"solver {plan.solver.spec!r} was started at evaluation {index}, between the stages of a step: "
                 f"{start.wait} evaluation is not used",
             )
-        run.draws = _Draws()
+        run.draws = Draws()
         # The registers are filled when the first prediction comes.
-        run.stepper = None if start.program is None else Stepper(start.program, torch.empty(0), run.draws, check=False)
+        run.stepper = (
+            None if start.program is None else Stepper(start.program, torch.empty(0), run.draws, check=False)
+        )
         return plan
 
     def _advance(
         self,
-        run: _Run,
+        run: Run,
         plan: Plan,
         index: int,
         fed: torch.Tensor,
@@ -483,28 +500,32 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
         def denoised() -> torch.Tensor:
             c_x, c_m = source.denoised(node)
-            return _affine(c_x, sample, c_m, output)
+            return affine(c_x, sample, c_m, output)
 
         if given is not None:
             if plan.prediction == "denoised":
                 return given, given
             c_x, c_m = conversion("denoised", plan.prediction, node)
-            return _affine(c_x, sample, c_m, given), given
+            return affine(c_x, sample, c_m, given), given
         if plan.prediction == "denoised":
             x_0 = self._clipped(denoised())
             return x_0, x_0
         return (output if source.output_sign == 1.0 else -output), denoised
 
     def _clipped(self, x_0: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        if config.get("thresholding"):
+        values = self._values
+        if values["thresholding"]:
             # Dynamic thresholding: clip to a quantile of |x_0| and rescale to 1 (Saharia et al., Imagen,
             # https://arxiv.org/abs/2205.11487).
             wide = x_0.float().flatten(1)
-            bound = torch.quantile(wide.abs(), config["dynamic_thresholding_ratio"], dim=1, keepdim=True)
-            bound = bound.clamp(1.0, config["sample_max_value"])
+            bound = torch.quantile(wide.abs(), values["dynamic_thresholding_ratio"], dim=1, keepdim=True)
+            bound = bound.clamp(1.0, values["sample_max_value"])
             return (wide.clamp(-bound, bound) / bound).reshape(x_0.shape).to(x_0.dtype)
-        return x_0.clamp(-config["clip_sample_range"], config["clip_sample_range"]) if config.get("clip_sample") else x_0
+        return (
+            x_0.clamp(-values["clip_sample_range"], values["clip_sample_range"])
+            if values["clip_sample"]
+            else x_0
+        )
 
     def _mean(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The mean of networks that predict a variance too; no solver here uses the variance."""
@@ -521,14 +542,15 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if unknown:
             allowed = [*inspect.signature(self.step).parameters][:-1]
             hint = suggestion(next(iter(unknown)), allowed)
-            raise TypeError(f"step() has no argument {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}{hint}")
+            names = ", ".join(map(repr, unknown))
+            raise TypeError(f"step() has no argument {names}; allowed: {', '.join(allowed)}{hint}")
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, UserWarning, stacklevel=4)
 
-    # -- positions -------------------------------------------------------------------------------------------------------
+    # -- positions -------------------------------------------------------------------------------------------------
 
     def _first_index(self, timestep: Any) -> int:
         """The evaluation that the first step is: what the pipeline said, or the place of the timestep."""
@@ -552,19 +574,21 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             timestep = timestep.item()
         times = run.timesteps.numpy(force=True) if run.plan is None else run.plan.timesteps
         distance = np.abs(times - float(timestep))
-        if run.plan is not None and self.config["integer_timesteps"]:
+        if run.plan is not None and self._values["integer_timesteps"]:
             distance = np.minimum(distance, np.abs(np.rint(times) - float(timestep)))
         nearest = np.flatnonzero(distance <= distance.min() + 1e-6 * (1.0 + abs(float(timestep))))
         if run.plan is not None:
             spacing = np.abs(np.diff(times)).max() if len(times) > 1 else np.inf
             if distance.min() > spacing:
-                self._warn("place", f"timestep {float(timestep):g} is not on the schedule; the nearest is used")
+                self._warn(
+                    "place", f"timestep {float(timestep):g} is not on the schedule; the nearest is used"
+                )
             for i in nearest:
                 if len(nearest) > 1 and i < run.plan.program.nfe and run.plan.start(int(i)).wait == 0:
                     return int(i)
         return int(nearest[0])
 
-    # -- noise -----------------------------------------------------------------------------------------------------------
+    # -- noise -----------------------------------------------------------------------------------------------------
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -574,7 +598,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         The level is that of ``timesteps``, shape (1,) or (B,), on the schedule or not. If a begin index was set, it is
         that of the begin index before the first step and that of the next evaluation after it.
         """
-        alpha, sigma = self._coefficients(timesteps, original_samples)
+        run = self._run
+        if run.begin_index is None or run.plan is None:
+            source = self._source() if run.plan is None else run.plan.source
+            alpha, sigma = coefficients(source, timesteps, original_samples)
+        else:
+            _, alpha, sigma = run.plan.nodes[run.begin_index if run.step_index is None else run.step_index]
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_noise(
@@ -585,45 +614,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("scale_noise() needs noise")
         return self.add_noise(sample, noise, timestep)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """The target of a velocity prediction: ``alpha eps - sigma x_0``, for flow models ``eps - x_0``."""
         source = self._source()
         if source.noise_schedule.frame == "flow":
             return source.output_sign * (noise - sample)
-        alpha, sigma = self._at(source, self._values(timesteps), sample)
+        alpha, sigma = coefficients(source, timesteps, sample)
         return (alpha * noise - sigma * sample).to(sample.dtype)
-
-    def _coefficients(self, timesteps: Any, like: torch.Tensor) -> tuple[Any, Any]:
-        run = self._run
-        if run.begin_index is None or run.plan is None:
-            source = self._source() if run.plan is None else run.plan.source
-            if isinstance(timesteps, torch.Tensor) and not timesteps.is_floating_point() and timesteps.device.type != "cpu":
-                return self._gathered(source, timesteps, like)
-            return self._at(source, self._values(timesteps), like)
-        index = run.begin_index if run.step_index is None else run.step_index
-        node = run.plan.nodes[index]
-        return node.alpha, node.sigma
-
-    def _values(self, timesteps: Any) -> np.ndarray:
-        if isinstance(timesteps, torch.Tensor):
-            return timesteps.detach().double().cpu().numpy().reshape(-1)
-        return np.asarray(timesteps, dtype=np.float64).reshape(-1)
-
-    def _at(self, source: Source, times: np.ndarray, like: torch.Tensor) -> tuple[Any, Any]:
-        alpha, sigma = source.noise_schedule.alpha_sigma_at(source.levels(times))
-        if len(times) == 1:
-            return float(alpha[0]), float(sigma[0])
-        shape = (-1, *(1 for _ in like.shape[1:]))
-        work = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return tuple(_tensor(c).to(like.device, work).reshape(shape) for c in (alpha, sigma))  # type: ignore[return-value]
-
-    def _gathered(self, source: Source, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[Any, Any]:
-        """Integer timesteps on a device (training): from a table there, without waiting for the device."""
-        n = source.train_steps
-        coefficients = source.noise_schedule.alpha_sigma_at(source.levels(np.arange(n + 1)))
-        shape = (-1, *(1 for _ in like.shape[1:]))
-        return tuple(  # type: ignore[return-value]
-            _tensor(c.astype(np.float32)).to(like.device, non_blocking=True)[timesteps].reshape(shape) for c in coefficients
-        )
-
-

@@ -12,6 +12,7 @@ import torch
 from ..guidance import CFG, Denoiser, Predictor
 from ..samplers import BrownianNoise, NoiseSource, Solver, Stepper, WhiteNoise, compile, parse
 from ..schedules import TimeGrid, make_grid
+from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
 from ..schedules.spec import suggestion
 
 NoiseKind = Literal["white", "brownian"]
@@ -23,7 +24,7 @@ def sample(
     x: torch.Tensor,
     solver: str | Solver = "unipc",
     steps: int = 8,
-    schedule: str = "karras",
+    schedule: str = DEFAULT_SCHEDULE,
     *,
     sigmas: Sequence[float] | torch.Tensor | None = None,
     guidance: CFG | float | None = None,

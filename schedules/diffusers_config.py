@@ -150,7 +150,9 @@ def source_of(config: Config, *, mu: float | None = None) -> Source:
             noise = EDM(float(_get(config, "sigma_min", 0.002)), float(config["sigma_max"]))
             return Source(noise, "epsilon", "sigma", n)
         inverted = bool(config.get("invert_sigmas"))
-        return Source(Flow(shift_of(config, mu), n), "flow", "sigma", n, None, -1.0 if inverted else 1.0, inverted)
+        return Source(
+            Flow(shift_of(config, mu), n), "flow", "sigma", n, None, -1.0 if inverted else 1.0, inverted
+        )
     name = str(_get(config, "prediction_type", "epsilon"))
     if name not in _PREDICTIONS:
         raise ValueError(
@@ -160,7 +162,9 @@ def source_of(config: Config, *, mu: float | None = None) -> Source:
     low, high = _get(config, "sigma_min", None), _get(config, "sigma_max", None)
     if is_edm(config):
         if name not in ("epsilon", "v_prediction"):
-            raise ValueError(f"an EDM model predicts 'epsilon' or 'v_prediction', got prediction_type {name!r}")
+            raise ValueError(
+                f"an EDM model predicts 'epsilon' or 'v_prediction', got prediction_type {name!r}"
+            )
         noise = EDM(float(low or 0.002), float(high or 80.0))
         # Cosine DPM-Solver (Stable Audio) shares the preconditioning and has another clock.
         clock: Clock = "atan" if _is_cosine(config) else "log"
@@ -177,13 +181,16 @@ def _refuse(config: Config) -> None:
     name = str(config.get("_class_name", ""))
     for prefix, key, reason in _REFUSED:
         if name.startswith(prefix) or (key and key in config):
-            raise ValueError(f"the config {'of ' + name if name else 'with ' + repr(key)} belongs to {reason}")
+            raise ValueError(
+                f"the config {'of ' + name if name else 'with ' + repr(key)} belongs to {reason}"
+            )
     if config.get("prediction_type") == "trigflow":
         raise ValueError(f"a config with prediction_type 'trigflow' belongs to {_REFUSED[0][2]}")
 
 
 def _is_cosine(config: Config) -> bool:
-    return "Cosine" in str(config.get("_class_name", "")) or ("solver_order" in config and "algorithm_type" not in config)
+    named = "Cosine" in str(config.get("_class_name", ""))
+    return named or ("solver_order" in config and "algorithm_type" not in config)
 
 
 def shift_of(config: Config, mu: float | None = None) -> float:
@@ -191,7 +198,8 @@ def shift_of(config: Config, mu: float | None = None) -> float:
     if config.get("use_dynamic_shifting") and mu is not None:
         kind = _get(config, "time_shift_type", "exponential")
         if kind not in _SHIFTS:
-            raise ValueError(f"time_shift_type must be one of {', '.join(_SHIFTS)}, got {kind!r}{suggestion(kind, _SHIFTS)}")
+            hint = suggestion(str(kind), _SHIFTS)
+            raise ValueError(f"time_shift_type must be one of {', '.join(_SHIFTS)}, got {kind!r}{hint}")
         return math.exp(mu) if kind == "exponential" else float(mu)
     return float(_get(config, "flow_shift", _get(config, "shift", 1.0)))
 
@@ -243,7 +251,9 @@ def native_levels(
         levels = source.noise_schedule.train_levels[::-1]
         if not _re_spacing(config):
             exponential = config.get("sigma_schedule") == "exponential"
-            return _karras(levels[[0, -1]], steps, math.inf if exponential else float(_get(config, "rho", 7.0)))
+            return _karras(
+                levels[[0, -1]], steps, math.inf if exponential else float(_get(config, "rho", 7.0))
+            )
     return _respaced(config, levels, steps)
 
 
@@ -261,7 +271,9 @@ def is_default_sigmas(sigmas: Sequence[float]) -> bool:
     s, n = np.asarray(sigmas, dtype=np.float64), len(sigmas)
     defaults = (1.0 - np.arange(n) / n, np.linspace(0.0, 1.0, n))
     uniform = np.linspace(1000, 1, n).astype(int) / 1000  # CogView 4
-    return any(np.allclose(s, d, rtol=0.0, atol=1e-5) for d in defaults) or np.allclose(s, uniform, rtol=0.0, atol=1e-3)
+    return any(np.allclose(s, d, rtol=0.0, atol=1e-5) for d in defaults) or np.allclose(
+        s, uniform, rtol=0.0, atol=1e-3
+    )
 
 
 def stretched(config: Config, levels: Array) -> Array:
@@ -287,11 +299,13 @@ def _indices(config: Config, source: Source, steps: int) -> Array:
         exact = not multistep and "set_alpha_to_one" not in config and "variance_type" not in config
         return index if exact else np.round(index)
     if kind == "leading":
-        ratio = n // (steps + 1 if multistep else steps)
-        return np.minimum((np.arange(steps) + multistep)[::-1] * float(ratio) + offset, n - 1.0)
+        ratio = float(n // (steps + 1 if multistep else steps))
+        first = 1.0 if multistep else 0.0
+        return np.minimum(np.arange(steps - 1.0 + first, first - 1.0, -1.0) * ratio + offset, n - 1.0)
     if kind == "trailing":
         return np.round(n - np.arange(steps) * (n / steps)) - 1.0
-    raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {kind!r}{suggestion(str(kind), _SPACINGS)}")
+    hint = suggestion(str(kind), _SPACINGS)
+    raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {kind!r}{hint}")
 
 
 def _flow_levels(config: Config, source: Source, steps: int, sigmas: Sequence[float] | None) -> Array:

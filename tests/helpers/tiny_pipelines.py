@@ -7,12 +7,16 @@ call; every one has the scheduler that its family ships with. The weights are fi
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
+
+diffusers: Any = importlib.import_module(
+    "diffusers"
+)  # its classes are loaded lazily, which type checkers cannot see
 
 IMAGE = 32
 LATENT = 16
@@ -28,7 +32,6 @@ class Case:
     latents: tuple[int, ...] | None
     flow: bool = False
     image_to_image: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def pipeline(self) -> Any:
         """The pipeline; built once, so assign a scheduler before each use. Its native scheduler is ``pipe.native``."""
@@ -88,7 +91,9 @@ _SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 
 
 def _sd() -> Any:
-    scheduler = diffusers.PNDMScheduler(**_SCALED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler = diffusers.PNDMScheduler(
+        **_SCALED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+    )
     return diffusers.StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=None,
@@ -183,7 +188,9 @@ def _dit() -> Any:
         num_embeds_ada_norm=1000,  # DiTPipeline's class without condition
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    return diffusers.DiTPipeline(transformer=transformer, vae=_vae(), scheduler=scheduler, id2label={i: str(i) for i in range(10)})
+    return diffusers.DiTPipeline(
+        transformer=transformer, vae=_vae(), scheduler=scheduler, id2label={i: str(i) for i in range(10)}
+    )
 
 
 def _ddpm() -> Any:
@@ -207,7 +214,9 @@ def _converted(name: str, cls: str) -> Callable[[], Any]:
         components = dict(source.components, scheduler=type(source.native).from_config(source.native.config))
         if "StableDiffusionXL" in cls:
             return getattr(diffusers, cls)(**components, add_watermarker=False)
-        return getattr(diffusers, cls)(**components, **({"requires_safety_checker": False} if name == "sd" else {}))
+        return getattr(diffusers, cls)(
+            **components, **({"requires_safety_checker": False} if name == "sd" else {})
+        )
 
     return build
 
@@ -243,15 +252,30 @@ def _flux_text(**more: Any) -> Callable[[], dict[str, Any]]:
     }
 
 
-_MASK = {"mask_image": lambda: (randn(1, 1, IMAGE, IMAGE, seed=3) > 0).float(), "image": _image, "strength": 1.0}
+_MASK = {
+    "mask_image": lambda: (randn(1, 1, IMAGE, IMAGE, seed=3) > 0).float(),
+    "image": _image,
+    "strength": 1.0,
+}
 _SHAPE = (1, 4, LATENT, LATENT)
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Case("sd", _sd, _text(**_size()), _SHAPE),
-        Case("sd_img2img", _converted("sd", "StableDiffusionImg2ImgPipeline"), _text(**_FROM_IMAGE), _SHAPE, image_to_image=True),
-        Case("sd_inpaint", _converted("sd", "StableDiffusionInpaintPipeline"), _text(**_MASK, **_size()), _SHAPE),
+        Case(
+            "sd_img2img",
+            _converted("sd", "StableDiffusionImg2ImgPipeline"),
+            _text(**_FROM_IMAGE),
+            _SHAPE,
+            image_to_image=True,
+        ),
+        Case(
+            "sd_inpaint",
+            _converted("sd", "StableDiffusionInpaintPipeline"),
+            _text(**_MASK, **_size()),
+            _SHAPE,
+        ),
         Case("sdxl", _sdxl, _text(**_POOLED, **_size()), _SHAPE),
         Case(
             "sdxl_img2img",

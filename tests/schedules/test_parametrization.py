@@ -43,7 +43,7 @@ def test_a_denoised_prediction_without_noise_is_refused():
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "flow", "flow"),
         ({"shift": 3.0, "num_train_timesteps": 1000}, "flow", "flow"),
         ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}, "flow", "flow"),
-        ({"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}, "edm", "epsilon"),
+        ({"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}, "edm", "denoised"),
     ],
 )
 def test_reads_a_diffusers_config(config, frame, prediction):
