@@ -152,8 +152,8 @@ def evaluate(
       fewstep eval -m builtin:digits-exact -s "dpmpp_2m unipc:order=3,variant=bh1" --nfe 5,6,8
       fewstep eval -m mymodel:make_denoiser --schedule karras --schedule log_snr -n 100 -o results/mine
     """
+    from .record import exact_command
     from .session import evaluate as run
-    from .session import exact_command
     from .sweep import DEFAULT_MODELS, DEFAULT_SOLVERS, Config, split_numbers, split_specs
 
     if processes is not None and processes < 1:
@@ -172,6 +172,8 @@ def evaluate(
     )
     console = Console(stderr=as_json, highlight=False)
     result, store = run(config, out, processes, console, exact_command())
+    if result is None:  # a rank above 0 of a launcher
+        return
     if as_json:
         _print_json(result)
     else:
@@ -304,7 +306,7 @@ def explain(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .session import versions
+        from .record import versions
 
         print(" ".join(f"{k} {v}" for k, v in versions().items()))
         raise typer.Exit

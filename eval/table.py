@@ -10,36 +10,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import METRICS
-from .report import half_width, number, panel_title
-
-_LABEL = {m.name: m.label for m in METRICS}
-_UP = {m.name for m in METRICS if m.better == "higher"}
+from .words import LABEL, best_values, half_width, number, panel_title, value_of
 
 
 def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) -> Table:
     """One metric of one panel, solvers down and budgets across; the best of a column is bold."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="")
-    table.title = Text.assemble((panel_title(panel), "bold"), f"  {_LABEL[metric]} at NFE")
+    table.title = Text.assemble((panel_title(panel), "bold"), f"  {LABEL[metric]} at NFE")
     table.add_column("", no_wrap=True)
     for budget in panel["budgets"]:
         table.add_column(str(budget), justify="right", no_wrap=True)
     cells = {(c["row"], c["budget"]): c for c in panel["cells"]}
-    best = _best(panel, metric)
+    best = best_values(panel, metric)
     for index, row in enumerate(panel["rows"]):
         texts = [_cell(cells.get((index, b)), metric, best.get(b), spread) for b in panel["budgets"]]
         table.add_row(Text(row["label"]), *texts)
     return table
-
-
-def _best(panel: Mapping[str, Any], metric: str) -> dict[int, float]:
-    best: dict[int, float] = {}
-    better = max if metric in _UP else min
-    for cell in panel["cells"]:
-        if cell.get(metric) and cell[metric]["value"] is not None:
-            value = cell[metric]["value"]
-            best[cell["budget"]] = better(best.get(cell["budget"], value), value)
-    return best
 
 
 def _cell(cell: Mapping[str, Any] | None, metric: str, best: float | None, spread: bool) -> Text:
@@ -47,9 +33,9 @@ def _cell(cell: Mapping[str, Any] | None, metric: str, best: float | None, sprea
         return Text("·", style="dim")
     if cell["status"] == "failed":
         return Text("failed", style="red")
-    if not cell.get(metric):
+    value = value_of(cell, metric)
+    if value is None:
         return Text("-", style="dim")
-    value = cell[metric]["value"]
     text = Text(number(value), style="bold green" if value == best else "")
     if spread and half_width(cell[metric]):
         text.append(" " + half_width(cell[metric]), style="dim")
@@ -129,7 +115,7 @@ def comparison_table(panel: Mapping[str, Any]) -> Table:
             table.add_row(
                 Text(row["label"]),
                 str(row["budget"]),
-                _LABEL[metric],
+                LABEL[metric],
                 number(d["a"]),
                 number(d["b"]),
                 difference,

@@ -81,14 +81,16 @@ def pending(plan: Plan, store: Store) -> Iterator[tuple[Panel, Job, Chunk]]:
                     yield panel, job, chunk
 
 
-def work(plan: Plan, store: Store, rank: int = 0, world: int = 1) -> Iterator[tuple[Panel, Job, Chunk]]:
-    """Do this process's chunks, yielding each when it is on disk."""
+def work(
+    plan: Plan, store: Store, rank: int = 0, world: int = 1, device: str | None = None
+) -> Iterator[tuple[Panel, Job, Chunk]]:
+    """Do this process's chunks, yielding each when it is on disk. ``device`` overrides the plan's (one GPU a process)."""
     targets: dict[str, Target] = {}
     for panel, job, chunk in pending(plan, store):
         if chunk.id % world != rank or store.failure(job.key) is not None:
             continue
         if panel.model not in targets:
-            targets = {panel.model: _prepared(panel.model, plan.config.device)}
+            targets = {panel.model: _prepared(panel.model, device or plan.config.device)}
         try:
             do_chunk(plan, panel, job, chunk, store, targets[panel.model])
         except NumericalError as error:

@@ -68,6 +68,11 @@ class Plan:
         return (*self.program.evaluations, *(end for _ in range(self.idle + 1)))
 
     @cached_property
+    def denoised(self) -> tuple[tuple[float, float], ...]:
+        """``(c_x, c_m)`` of ``x_0 = c_x x + c_m output`` for every call; ValueError where that is not determined."""
+        return tuple(self.source.denoised(node) for node in self.nodes[:-1])
+
+    @cached_property
     def sigmas(self) -> Array:
         """What the scheduler publishes: the noise level of every node, shape (calls + 1,)."""
         if self.source.noise_schedule.frame == "flow":
@@ -228,7 +233,9 @@ def make_plan(
         name = "the given" if told is not None or sigmas else schedule or "the model's own"
         raise ValueError(f"{name} schedule with {n} steps: {error}") from None
     plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction, idle)
-    return replace(plan, timesteps=_published(plan, told))
+    plan = replace(plan, timesteps=_published(plan, told))
+    assert plan.denoised  # raises now, before the network is called
+    return plan
 
 
 def _count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:

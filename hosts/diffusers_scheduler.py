@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
 from ..samplers import Solver, Stepper
-from ..schedules import VP, Node, conversion
+from ..schedules import VP, conversion
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.spec import suggestion
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
@@ -347,9 +347,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         whole = plan.source.clock == "index" and (
             self._values["integer_timesteps"] or not np.any(times % 1.0)
         )
-        with torch.inference_mode(
-            False
-        ):  # a host may write to sigmas outside of the mode that it called us in
+        # A host may write to sigmas outside of the mode that it called us in.
+        with torch.inference_mode(False):
             kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
             return from_numpy(kind).to(device), from_numpy(plan.sigmas.astype(np.float32))
 
@@ -397,8 +396,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         plan = run.plan
         if plan is None:
             raise ValueError("step() before set_timesteps()")
-        first = run.step_index is None
-        if first:
+        if run.step_index is None:
             plan = self._begin(run, timestep, eta)
         index = run.step_index
         assert index is not None
@@ -409,21 +407,17 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        node = plan.nodes[index]
-        fed, denoised = self._prediction(plan, node, model_output, sample, pred_original_sample)
+        fed, denoised = self._prediction(plan, index, model_output, sample, pred_original_sample)
         if run.wait:  # nothing to do yet, or no more
             run.wait -= 1
             previous = sample
         else:
-            previous = self._advance(
-                run, plan, index, fed, sample, generator, variance_noise, model_output.dtype
-            )
+            previous = self._advance(run, plan, fed, sample, generator, variance_noise, model_output.dtype)
         run.step_index = index + 1
         if previous.dtype != dtype:
             previous = previous.to(dtype)
         if return_dict:
-            x_0 = denoised() if callable(denoised) else denoised
-            return FewStepSchedulerOutput(previous, x_0)
+            return FewStepSchedulerOutput(previous, denoised() if callable(denoised) else denoised)
         if torch.compiler.is_compiling():
             return previous, denoised() if callable(denoised) else denoised
         return Result(previous, denoised)
@@ -462,7 +456,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         self,
         run: Run,
         plan: Plan,
-        index: int,
         fed: torch.Tensor,
         sample: torch.Tensor,
         generator: Any,
@@ -493,24 +486,23 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             draws.generator = draws.given = None  # generators can be neither copied nor pickled
 
     def _prediction(
-        self, plan: Plan, node: Node, output: torch.Tensor, sample: torch.Tensor, given: torch.Tensor | None
+        self, plan: Plan, index: int, output: torch.Tensor, sample: torch.Tensor, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
-        """What the program is fed, and x_0 or a function that computes it."""
-        source = plan.source
+        """What the program is fed; x_0, or a function that computes it."""
 
         def denoised() -> torch.Tensor:
-            c_x, c_m = source.denoised(node)
+            c_x, c_m = plan.denoised[index]
             return affine(c_x, sample, c_m, output)
 
         if given is not None:
             if plan.prediction == "denoised":
                 return given, given
-            c_x, c_m = conversion("denoised", plan.prediction, node)
+            c_x, c_m = conversion("denoised", plan.prediction, plan.nodes[index])
             return affine(c_x, sample, c_m, given), given
         if plan.prediction == "denoised":
             x_0 = self._clipped(denoised())
             return x_0, x_0
-        return (output if source.output_sign == 1.0 else -output), denoised
+        return (output if plan.source.output_sign == 1.0 else -output), denoised
 
     def _clipped(self, x_0: torch.Tensor) -> torch.Tensor:
         values = self._values
@@ -521,11 +513,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             bound = torch.quantile(wide.abs(), values["dynamic_thresholding_ratio"], dim=1, keepdim=True)
             bound = bound.clamp(1.0, values["sample_max_value"])
             return (wide.clamp(-bound, bound) / bound).reshape(x_0.shape).to(x_0.dtype)
-        return (
-            x_0.clamp(-values["clip_sample_range"], values["clip_sample_range"])
-            if values["clip_sample"]
-            else x_0
-        )
+        bound = values["clip_sample_range"]
+        return x_0.clamp(-bound, bound) if values["clip_sample"] else x_0
 
     def _mean(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The mean of networks that predict a variance too; no solver here uses the variance."""

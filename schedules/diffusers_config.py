@@ -297,13 +297,14 @@ def _indices(config: Config, source: Source, steps: int) -> Array:
             index = np.array([n - 1.0])
         # DDIM, DDPM and the multistep classes round; Euler and its relatives do not.
         exact = not multistep and "set_alpha_to_one" not in config and "variance_type" not in config
-        return index if exact else np.round(index)
+        return index if exact else np.rint(index)
     if kind == "leading":
         ratio = float(n // (steps + 1 if multistep else steps))
         first = 1.0 if multistep else 0.0
-        return np.minimum(np.arange(steps - 1.0 + first, first - 1.0, -1.0) * ratio + offset, n - 1.0)
+        index = np.arange(steps - 1.0 + first, first - 1.0, -1.0) * ratio + offset
+        return np.minimum(index, n - 1.0)
     if kind == "trailing":
-        return np.round(n - np.arange(steps) * (n / steps)) - 1.0
+        return np.rint(n - np.arange(steps) * (n / steps)) - 1.0
     hint = suggestion(str(kind), _SPACINGS)
     raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {kind!r}{hint}")
 

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import re
+import sys
+import types
+from pathlib import Path
+
 import pytest
+import solver_checks as checks
 
 import fewstep as fs
 from fewstep.samplers import Solver, registry, steps_for
@@ -89,19 +95,41 @@ def test_steps_for_a_budget():
         steps_for("unipc:order=0", 4, grid)
 
 
-def test_a_solver_from_outside_is_found_by_every_door(monkeypatch):
-    @registry.solver("half_step", family="test", order=1, reference="Nowhere, https://example.org")
-    def half_step(trace, x, grid):
-        """Euler under another name."""
-        from fewstep.samplers.steps import ddim
+@pytest.fixture
+def documented_solver(monkeypatch):
+    """The example of docs/adding-a-solver.md, registered for one test."""
+    text = (Path(__file__).parents[2] / "docs" / "adding-a-solver.md").read_text(encoding="utf-8")
+    module = types.ModuleType("outside_solvers")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    exec(compile(source, "docs/adding-a-solver.md", "exec"), module.__dict__)
+    yield "two_stage"
+    monkeypatch.delitem(registry._SOLVERS, "two_stage")
 
-        for s, t in grid.intervals():
-            x, m = trace.evaluate(x, s)
-            x = ddim(x, m, s, t)
-        return x
 
-    try:
-        assert fs.solvers()["half_step"].summary == "Euler under another name."
-        assert fs.compile("half_step", grid(4)).ops == fs.compile("euler", grid(4)).ops
-    finally:
-        monkeypatch.delitem(registry._SOLVERS, "half_step")
+@pytest.mark.parametrize("schedule", list(checks.SCHEDULES))
+def test_the_documented_example_is_a_solver_like_any_other(documented_solver, schedule):
+    """One function is all it takes: it is listed, parsed, has the order and the cost that it declares."""
+    solver, noise_schedule = fs.solver(f"{documented_solver}:r=0.6"), checks.SCHEDULES[schedule]
+    assert solver.spec in [fs.solver(s).spec for s in ("two_stage:r=0.6", "two_stage:r=.60")]
+    assert fs.solvers()["two_stage"].summary and solver.declaration.family == "example"
+    coarse = checks.ratio_grid(noise_schedule, 7)
+    assert checks.exactness_error(fs.compile(solver, coarse), coarse) < 1e-12
+    assert fs.compile(solver, coarse).nfe == 7 * solver.declaration.evaluations_per_step
+    observed = checks.slope(lambda g: fs.compile(solver, g), noise_schedule, stochastic=False)
+    assert abs(observed - solver.order) < 0.2
+
+
+def test_solvers_of_other_packages_are_loaded_from_their_entry_points(monkeypatch):
+    loaded = []
+
+    class Point:
+        def load(self) -> None:
+            loaded.append(registry.ENTRY_POINTS)
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "fewstep.solvers" else [])
+    registry._load_entry_points.cache_clear()
+    fs.solvers()
+    fs.solvers()
+    assert loaded == ["fewstep.solvers"]  # once
+    registry._load_entry_points.cache_clear()
