@@ -90,7 +90,7 @@ def evaluate(
         typer.Option(
             "--solvers",
             "-s",
-            help="Solver specs, separated by spaces or commas; a comma followed by key=value belongs to the spec before it: "
+            help="Solver specs, separated by spaces or commas; a comma before key=value belongs to the spec: "
             "'euler, unipc:order=3,variant=bh1'. Repeatable. See: fewstep list solvers.",
         ),
     ] = None,
@@ -104,8 +104,8 @@ def evaluate(
     schedule: Annotated[
         list[str] | None,
         typer.Option(
-            help="Named spacing such as karras:rho=7, or auto: the library's default. Repeatable: every solver on each. "
-            "See: fewstep list schedules."
+            help="Named spacing such as karras:rho=7, or auto: the library's default. Repeatable: every solver "
+            "on each. See: fewstep list schedules."
         ),
     ] = None,
     guidance: Annotated[
@@ -139,13 +139,15 @@ def evaluate(
 ) -> None:
     """Compare solvers at equal numbers of network evaluations: [bold]the main job[/bold].
 
-    Without arguments: nine solvers at 4 to 20 evaluations on the two embedded models, in below two minutes on two cores.
+    Without arguments: nine solvers at 4 to 20 evaluations on the two embedded models, in below two minutes on
+    two cores.
 
-    For every cell of solver x NFE it samples from the same start noise, counts the evaluations at the network, and measures
-    the distance to the converged solution and, where there is a feature network, the Fréchet distance to
-    real images. The table fills as it goes; the results folder holds an interactive report.
+    For every cell of solver x NFE it samples from the same start noise, counts the evaluations at the network,
+    and measures the distance to the converged solution and, where there is a feature network, the Fréchet
+    distance to real images. The table fills as it goes; the results folder holds an interactive report.
 
-    Interrupt it when you like (Ctrl-C): [bold]the same command goes on where it stopped[/bold] and gives the same numbers.
+    Interrupt it when you like (Ctrl-C): [bold]the same command goes on where it stopped[/bold] and gives the
+    same numbers.
 
     Examples:
       fewstep eval
@@ -284,8 +286,8 @@ def explain(
 ) -> None:
     """Look into a solver: order declared and measured, cost, memory, coefficients, exactness, stability region.
 
-    The order is measured on a two-mode mixture with an exact solution, on three noise schedules. The stability region is
-    that of the compiled program on y' = (z/h) y; dots are where it does not grow.
+    The order is measured on a two-mode mixture with an exact solution, on three noise schedules. The stability
+    region is that of the compiled program on y' = (z/h) y; dots are where it does not grow.
     """
     from .explain import explain as run
     from .explain import picture, render

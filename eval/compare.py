@@ -17,9 +17,10 @@ from .sweep import Cell, Panel, Plan
 def compare(a: Path | str, b: Path | str) -> dict[str, Any]:
     """What B changed against A, cell by cell, for the solvers and budgets that both have.
 
-    A difference is B - A per index (distance) or of the paired jackknife (Fréchet distance), with its 95 % interval; its
-    verdict is ``better`` or ``worse`` where the interval excludes zero. Both must hold the same models, the same
-    converged solution and the same indices: everything else is a comparison of different things.
+    A difference is B - A per index (distance) or of the paired jackknife (Fréchet distance), with its 95 %
+    interval; its verdict is ``better`` or ``worse`` where the interval excludes zero. Both must hold the same
+    models, the same converged solution and the same indices: everything else is a comparison of different
+    things.
 
     Raises:
         ValueError: not results folders, nothing in common, or naming what differs.

@@ -1,4 +1,4 @@
-"""``fewstep explain``: what a solver is, and what its compiled program shows of order, cost, exactness and stability."""
+"""``fewstep explain``: a solver in facts, read off its compiled program: order, cost, exactness, stability."""
 
 from __future__ import annotations
 
@@ -158,7 +158,10 @@ def _stability(chosen: Solver, step_length: float) -> dict[str, Any]:
 
 
 def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> list[RenderableType]:
-    """The facts as rich renderables, top to bottom, for a terminal of ``width`` columns; ``full`` adds the docstring and the program."""
+    """The facts as rich renderables, top to bottom, for a terminal of ``width`` columns.
+
+    ``full`` adds the docstring and the program.
+    """
     from rich.padding import Padding
     from rich.text import Text
 
@@ -293,5 +296,5 @@ def _svg(area: stability.Region) -> bytes:
 
 
 def _html(area: stability.Region) -> bytes:
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{area.solver}</title><body>{stability.svg(area)}</body></html>'
-    return page.encode()
+    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{area.solver}</title>'
+    return f"{head}<body>{stability.svg(area)}</body></html>\n".encode()

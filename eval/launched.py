@@ -1,7 +1,7 @@
 """Under ``accelerate launch`` or ``torchrun``: every rank does its own chunks, rank 0 shows and writes the results.
 
-Nothing is communicated but two barriers, one when the plan is on disk and none inside the work: rank 0 sees in the
-shared folder when the others are done.
+There is one barrier, when the plan is on disk, and no communication inside the work: rank 0 sees in the shared folder
+when the others are done.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Group:
         return str(self.state.device) if self.state is not None and asked == "cuda" else asked
 
     def work(self, plan: Plan, store: Store) -> None:
-        """This rank's share."""
+        """Do the share of this rank."""
         for _ in work(plan, store, self.rank, self.world, self.device(plan.config.device)):
             pass
 

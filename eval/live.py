@@ -79,7 +79,8 @@ def show(plan: Plan, store: Store, console: Console, source: Iterator[Done | Non
     left = sum(_weight(plan, p, j, len(c)) for p, j, c in pending(plan, store))
     if not left:
         return
-    task = progress.add_task("starting", total=total, completed=total - left, left="")
+    task = progress.add_task("starting", total=total, completed=0, left="")
+    progress.advance(task, total - left)
     began, done_before = time.monotonic(), total - left
 
     def view() -> RenderableType:

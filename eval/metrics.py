@@ -199,8 +199,9 @@ def frechet(a: Moments, b: Moments, root: Array | None = None) -> float:
     """Fréchet (2-Wasserstein) distance squared between the Gaussians with these moments.
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 sum sqrt(max(0, eig(S2^1/2 S1 S2^1/2))). The product is symmetric, so its
-    eigenvalues come from ``eigvalsh``; a general matrix root of S1 S2 would return complex rubbish where a covariance is
-    nearly singular. Dowson and Landau, "The Frechet distance between multivariate normal distributions", 1982.
+    eigenvalues come from ``eigvalsh``; a general matrix root of S1 S2 would return complex rubbish where a
+    covariance is nearly singular. Dowson and Landau, "The Frechet distance between multivariate normal
+    distributions", 1982.
 
     Args:
         a, b: moments of the same dimension.

@@ -20,7 +20,8 @@ Array = NDArray[np.float64]
 MEANS, SPREAD = np.array([-1.0, 1.0]), 0.5
 QUANTILES = np.array([0.07, 0.19, 0.31, 0.42, 0.58, 0.66, 0.83, 0.94])
 RATIOS = (10.0, 0.1)
-"""sigma / alpha at the ends of the interval on which orders are measured; no solver is started or ended specially there."""
+"""sigma / alpha at the ends of the interval on which orders are measured; no solver is started or ended
+specially there."""
 
 NOISE_SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {"vp": VP.linear, "edm": EDM, "flow": Flow}
 

@@ -75,7 +75,7 @@ def _start(plan: Plan, store: Store, rank: int, world: int) -> tuple[subprocess.
         "PYTHONUNBUFFERED": "1",
     }
     # The child must find this very package, installed or not.
-    package = __package__.rpartition(".")[0]
+    package = __name__.rpartition(".eval.")[0]
     root = str(Path(sys.modules[package].__file__ or ".").parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     if plan.config.device == "cuda":

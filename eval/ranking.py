@@ -62,8 +62,8 @@ def middle_budget(budgets: Sequence[int]) -> int:
 
 
 def cheaper_than(panel: Mapping[str, Any], metric: str, row: int, baseline: int) -> tuple[int, int] | None:
-    """(budget of the baseline, smallest budget with which ``row`` is at least as good), for the baseline's largest budget;
-    None where that says nothing (the row is the baseline, or needs as many evaluations).
+    """(budget of the baseline, smallest budget with which ``row`` is at least as good), for the baseline's
+    largest budget; None where that says nothing (the row is the baseline, or needs as many evaluations).
     """
     found = values(panel, metric)
     theirs = [b for b in panel["budgets"] if (baseline, b) in found]

@@ -19,7 +19,7 @@ from .sweep import Plan
 
 
 def record(plan: Plan, store: Store, processes: int, command: Sequence[str]) -> dict[str, Any]:
-    """The contents of ``run.json`` at the start of a run; a folder that holds the same plan keeps its start and its time."""
+    """The contents of ``run.json`` at the start of a run; where the folder holds the same plan, its time goes on."""
     before: Mapping[str, Any] = {}
     if (store.folder / "run.json").exists():
         before = store.load_json("run.json")

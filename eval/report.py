@@ -225,14 +225,14 @@ def _chart_data(panel: Mapping[str, Any], strips: Strips) -> dict[str, Any]:
 # foot -------------------------------------------------------------------------------------------------------------
 
 NOTES = (
-    "<b>Resolution</b>: the converged solution has an error of its own. Shown is its distance to a run with half as many "
-    "steps, which is more than that error; distances near it are not resolved.",
+    "<b>Resolution</b>: the converged solution has an error of its own. Shown is its distance to a run with half as "
+    "many steps, which is more than that error; distances near it are not resolved.",
     "<b>Floor</b>: the Fréchet distance of finitely many converged samples to the reference images. It is not zero, "
     "because means and covariances are estimated; no solver can be expected to get far below it.",
     "<b>–</b> marks a number that does not exist: a budget that the solver cannot spend exactly, or a distance to the "
     "solution of the differential equation for a solver that adds noise.",
-    "<b>Equal noise</b>: index i has its own seed, so all solvers start from the same noise, and neither batch size nor "
-    "the number of processes changes a sample.",
+    "<b>Equal noise</b>: index i has its own seed, so all solvers start from the same noise, and neither batch size "
+    "nor the number of processes changes a sample.",
 )
 
 

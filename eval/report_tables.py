@@ -33,7 +33,8 @@ def name(panel: Mapping[str, Any], row: int) -> str:
 
 def _table(head: Sequence[str], body: Sequence[str]) -> str:
     rows = "\n".join(body)
-    return f'<div class="scroll"><table><thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    top = f"<thead><tr>{''.join(head)}</tr></thead>"
+    return f'<div class="scroll"><table>{top}\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
 # values -----------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def _tint(metric: str, value: float, best: float) -> float:
 
 def _why_absent(metric: str) -> str:
     if metric in ("rms", "rms_median"):
-        return "stochastic solver: it does not follow the differential equation, so a distance to its solution says nothing"
+        return "stochastic: it does not follow the differential equation, so a distance to its solution says nothing"
     return "not measured"
 
 

@@ -56,17 +56,17 @@ def evaluate(
         plan = expand(config)
     store = Store(out or default_folder(plan))
     count = group.world if group.world > 1 else processes or default_processes(plan)
-    if group.rank == 0:
-        store.prepare()
-        store.tidy()
-        facts = record(plan, store, count, command)
-        store.save_json("run.json", facts)
-        _announce(plan, store, console, count)
-        _write_reference_features(plan, store)
-    group.wait()
     if group.rank > 0:
+        group.wait()
         group.work(plan, store)
         return None, store
+    store.prepare()
+    store.tidy()
+    facts = record(plan, store, count, command)
+    store.save_json("run.json", facts)
+    _announce(plan, store, console, count)
+    _write_reference_features(plan, store)
+    group.wait()
     began = time.perf_counter()
 
     def finish(done: bool) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Where a solver is stable, and a picture of it.
 
-Test problem: with y = x / alpha and k = sigma / alpha the probability-flow ODE is dy/dk = epsilon(y, k) = (y - denoised) / k,
-or, in lambda = -log k, ``dy/dlambda = denoised - y``. Let the network answer ``denoised = c y`` with a constant complex
-c (a local eigenvalue of its Jacobian). Then ``dy/dlambda = mu y`` with mu = c - 1, and a step of length h multiplies y by
-exp(z), z = h mu.
+Test problem: with y = x / alpha and k = sigma / alpha the probability-flow ODE is dy/dk = epsilon(y, k) = (y -
+denoised) / k, or, in lambda = -log k, ``dy/dlambda = denoised - y``. Let the network answer ``denoised = c y``
+with a constant complex c (a local eigenvalue of its Jacobian). Then ``dy/dlambda = mu y`` with mu = c - 1, and
+a step of length h multiplies y by exp(z), z = h mu.
 
-Plotted: the factor g(z) by which the *compiled program* multiplies y per step on a grid uniform in lambda with step h, in the
-long run, and the region |g| <= 1. The real interval [-h, 0] is what data do: c = 0 where the answer does not
-depend on the state (pure noise), c = 1 where it is the state (clean). Guidance reaches beyond it on both sides: with scale
-w, c becomes c_u + w (c_c - c_u). Noise that a stochastic solver adds is left out: its mean is plotted.
+Plotted: the factor g(z) by which the *compiled program* multiplies y per step on a grid uniform in lambda with
+step h, in the long run, and the region |g| <= 1. The real interval [-h, 0] is what data do: c = 0 where the
+answer does not depend on the state (pure noise), c = 1 where it is the state (clean). Guidance reaches beyond
+it on both sides: with scale w, c becomes c_u + w (c_c - c_u). Noise that a stochastic solver adds is left out:
+its mean is plotted.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def growth(solver: str, step: float, z: NDArray[np.complex128]) -> NDArray[np.fl
     grid = TimeGrid.from_levels(EDM(sigma_min=float(levels[-1]) / 2, sigma_max=float(levels[0]) * 2), levels)
     program = compile(solver, grid, prediction="denoised")
     c = 1.0 + z / step
-    # The state at every node, as the network is given it; alpha = 1 on this schedule, so it is y. A method that evaluates a
-    # node twice is recorded at the first.
+    # The state at every node, as the network is given it; alpha = 1 on this schedule, so it is y. A method that
+    # evaluates a node twice is recorded at the first.
     seen: dict[float, NDArray[np.complex128]] = {}
 
     def predict(x: np.ndarray, node) -> np.ndarray:
@@ -193,16 +194,19 @@ def svg(area: Region, side: int = 460) -> str:
         for i, (level, colour) in enumerate(LEVELS)
     )
     image = base64.b64encode(raster(area)).decode("ascii")
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_w} {total_h}" width="{total_w}" height="{total_h}" role="img"
+    return f"""<svg xmlns="http://www.w3.org/2000/svg"
+ viewBox="0 0 {total_w} {total_h}" width="{total_w}" height="{total_h}" role="img"
  font-family="Inter, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif" font-size="12" fill="#3b434c">
 <title>Stability region of {escape(area.solver)}</title>
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="{left}" y="24" font-size="16" font-weight="600" fill="#16191d">{escape(area.solver)}</text>
 <text x="{left}" y="43">growth |g| per step on y' = (z/h) y; step h = {area.step:g} in log-SNR</text>
 <text x="{left}" y="60">{area.words}</text>
-<image x="{left}" y="{top}" width="{side}" height="{height}" preserveAspectRatio="none" href="data:image/png;base64,{image}"/>
+<image x="{left}" y="{top}" width="{side}" height="{height}" preserveAspectRatio="none"
+ href="data:image/png;base64,{image}"/>
 <path d="M{px(0):.1f} {top}v{height}M{left} {py(0):.1f}h{side}" stroke="#16191d" stroke-opacity=".35" fill="none"/>
-<path d="M{px(max(-area.step, area.real[0])):.1f} {py(0):.1f}H{px(0):.1f}" stroke="#c2571a" stroke-width="3" fill="none"/>
+<path d="M{px(max(-area.step, area.real[0])):.1f} {py(0):.1f}H{px(0):.1f}"
+ stroke="#c2571a" stroke-width="3" fill="none"/>
 <text x="{px(-area.step / 2):.1f}" y="{py(0) - 8:.1f}" text-anchor="middle" fill="#c2571a">data: -h to 0</text>
 <rect x="{left}" y="{top}" width="{side}" height="{height}" fill="none" stroke="#bfc6ce"/>
 {"".join(ticks)}

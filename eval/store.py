@@ -10,9 +10,9 @@
     metrics.json                the whole result: run, panels, cells, footnotes
     report.html                 the report
 
-A chunk is the unit of resuming and of sharing work: it depends on its indices and on the configuration hashed into ``key``,
-on nothing else, so processes that each write their own chunks give the same folder as one process that writes all.
-Every file appears by rename of a finished temporary file.
+A chunk is the unit of resuming and of sharing work: it depends on its indices and on the configuration hashed
+into ``key``, on nothing else, so processes that each write their own chunks give the same folder as one process
+that writes all. Every file appears by rename of a finished temporary file.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class Store:
         """Write arrays and facts to a file of the folder."""
         from safetensors.numpy import save
 
-        # One metadata entry only: the order of several is not kept by the format, and equal chunks should be equal bytes.
+        # One metadata entry only: the order of several is not kept by the format, and equal chunks should be
+        # equal bytes.
         data = save(
             {k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"info": canonical(dict(info))}
         )

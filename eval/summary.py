@@ -49,7 +49,7 @@ class Summary:
             "budgets": list(panel.budgets),
             "rows": [{"solver": row.solver, "schedule": row.schedule, "label": row.label, "order": row.order,
                       "stochastic": row.stochastic} for row in panel.rows],
-            "reference": {"solver": r.solver, "schedule": r.schedule, "steps": r.steps, "key": r.key, "resolution": None},
+            "reference": {"solver": r.solver, "schedule": r.schedule, "steps": r.steps, "key": r.key},
             "floor": None,
             "agreement": None,
             "features": None,

@@ -1,8 +1,8 @@
 """What ``fewstep eval`` will do, decided and checked before any work: solver x NFE x guidance as a list of cells.
 
-A :class:`Plan` holds everything that the run needs and nothing of it is computed later: which program each cell runs, how
-many evaluations it will spend, under which key its chunks lie. It is plain data and is written to ``run.json``,
-so processes that share the work, a resumed run and ``fewstep report`` read the same plan.
+A :class:`Plan` holds everything that the run needs and nothing of it is computed later: which program each cell
+runs, how many evaluations it will spend, under which key its chunks lie. It is plain data and is written to
+``run.json``, so processes that share the work, a resumed run and ``fewstep report`` read the same plan.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
+        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
         panels = []
         for p in data["panels"]:
             panels.append(

@@ -13,10 +13,10 @@ from rich.text import Text
 from .words import LABEL, best_values, half_width, number, panel_title, value_of
 
 
-def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) -> Table:
+def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) -> RenderableType:
     """One metric of one panel, solvers down and budgets across; the best of a column is bold."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="")
-    table.title = Text.assemble((panel_title(panel), "bold"), f"  {LABEL[metric]} at NFE")
+    title = Text.assemble((panel_title(panel), "bold"), f"  {LABEL[metric]} at NFE")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for budget in panel["budgets"]:
         table.add_column(str(budget), justify="right", no_wrap=True)
@@ -25,7 +25,7 @@ def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) ->
     for index, row in enumerate(panel["rows"]):
         texts = [_cell(cells.get((index, b)), metric, best.get(b), spread) for b in panel["budgets"]]
         table.add_row(Text(row["label"]), *texts)
-    return table
+    return Group(title, table)
 
 
 def _cell(cell: Mapping[str, Any] | None, metric: str, best: float | None, spread: bool) -> Text:
@@ -57,7 +57,7 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
 
 
 def result_tables(panel: Mapping[str, Any]) -> RenderableType:
-    """What stays on the screen when a panel is done: distance, Fréchet distance and what they are to be read against."""
+    """What stays on the screen when a panel is done: both distances and what they are to be read against."""
     parts: list[RenderableType] = [metric_table(panel, "rms", spread=True)]
     if any(c.get("frechet") for c in panel["cells"]):
         parts += [Text(), metric_table(panel, "frechet", spread=True)]

@@ -1,4 +1,4 @@
-"""A model as the evaluation uses it: an :class:`~fewstep.eval.models.EvalModel` on a device, with its defaults and features."""
+"""A model as the evaluation uses it: an ``EvalModel`` on a device, with its defaults and features."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Target:
     def note(self) -> str:
         """What the model is and what it can tell."""
         if self.model.truth_is_exact:
-            return f"{self.model.description} A closed-form model: it compares solvers, and says nothing about image quality."
+            return f"{self.model.description} It compares solvers and says nothing about image quality."
         return self.model.description
 
     @property
@@ -137,15 +137,15 @@ class Target:
     def probe(self, batch: int) -> float:
         """Call the network a few times and time it: milliseconds per sample.
 
-        Raises ValueError where the network cannot be called as a Denoiser's, or answers in another shape, so that such a
-        mistake shows before the work and not in each of its cells.
+        Raises ValueError where the network cannot be called as a Denoiser's, or answers in another shape, so
+        that such a mistake shows before the work and not in each of its cells.
         """
         indices = list(range(batch))
         denoiser = self.denoiser(indices)
         t = float(self.noise_schedule.time(self.noise_schedule.level_max))
         x = self.noise(indices, 0)
         times = torch.full((batch,), t, dtype=torch.float32, device=x.device)
-        best = float("inf")
+        best, output = float("inf"), x
         for _ in range(3):
             began = time.perf_counter()
             try:
@@ -175,8 +175,8 @@ def load_target(name: str) -> Target:
             pipelines = importlib.import_module("..hosts.pipelines", __package__)
         except ModuleNotFoundError:
             raise ValueError(
-                f"no model {name!r}: a model is builtin:NAME ({', '.join(MODELS)}) or module:callable; a diffusers folder or "
-                "Hub id needs fewstep.hosts.pipelines, which this version does not have"
+                f"no model {name!r}: a model is builtin:NAME ({', '.join(MODELS)}) or module:callable; a diffusers "
+                "folder or Hub id needs fewstep.hosts.pipelines, which this version does not have"
             ) from None
         return Target(pipelines.load_model(name))
     return Target(load_model(name))

@@ -84,7 +84,7 @@ def pending(plan: Plan, store: Store) -> Iterator[tuple[Panel, Job, Chunk]]:
 def work(
     plan: Plan, store: Store, rank: int = 0, world: int = 1, device: str | None = None
 ) -> Iterator[tuple[Panel, Job, Chunk]]:
-    """Do this process's chunks, yielding each when it is on disk. ``device`` overrides the plan's (one GPU a process)."""
+    """Do this process's chunks, yielding each when it is on disk. ``device`` overrides the plan's."""
     targets: dict[str, Target] = {}
     for panel, job, chunk in pending(plan, store):
         if chunk.id % world != rank or store.failure(job.key) is not None:
@@ -107,8 +107,9 @@ def _prepared(model: str, device: str) -> Target:
 def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, target: Target) -> None:
     """Sample one chunk and write what the numbers need of it.
 
-    Written: for the converged solution the samples themselves; for a cell the distance of each sample to it; for both the
-    features, the classifier's label, the hash (of the uint8 image; of the numbers where a sample is no picture) and the first images.
+    Written: for the converged solution the samples themselves; for a cell the distance of each sample to it;
+    for both the features, the classifier's label, the hash (of the uint8 image; of the numbers where a sample
+    is no picture) and the first images.
     """
     indices = list(range(chunk.start, chunk.stop))
     seed = plan.config.seed

@@ -36,9 +36,13 @@ class Result(tuple):
 
     def __iter__(self) -> Iterator[Any]:
         yield super().__getitem__(0)
-        if callable(self.denoised):
-            self.denoised = self.denoised()
+        self.denoised = resolved(self.denoised)
         yield self.denoised
+
+
+def resolved(denoised: Any) -> Any:
+    """x_0 from x_0 or from the function that computes it."""
+    return denoised() if callable(denoised) else denoised
 
 
 class Draws:

@@ -21,7 +21,7 @@ from ..schedules.spec import suggestion
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
 from .diffusers_noise import affine, coefficients, from_numpy, numbers
 from .diffusers_plan import Plan, Settings, make_plan
-from .diffusers_run import Draws, FewStepSchedulerOutput, Result, Run
+from .diffusers_run import Draws, FewStepSchedulerOutput, Result, Run, resolved
 
 # What loaders of pipelines pass to every component.
 _LOADER = {
@@ -417,9 +417,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if previous.dtype != dtype:
             previous = previous.to(dtype)
         if return_dict:
-            return FewStepSchedulerOutput(previous, denoised() if callable(denoised) else denoised)
+            return FewStepSchedulerOutput(previous, resolved(denoised))
         if torch.compiler.is_compiling():
-            return previous, denoised() if callable(denoised) else denoised
+            return previous, resolved(denoised)
         return Result(previous, denoised)
 
     def _begin(self, run: Run, timestep: Any, eta: float) -> Plan:

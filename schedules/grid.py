@@ -54,6 +54,10 @@ class TimeGrid:
             raise ValueError(f"a grid needs at least two nodes (one step), got {self.t.size}")
         if not all(np.all(np.isfinite(a)) for a in (self.t, self.alpha, self.sigma)):
             raise ValueError("a grid's nodes must be finite numbers; noise without signal is alpha = 0, not an infinite t")
+        for name in ("t", "alpha", "sigma"):  # our own copies, which nobody can change behind a cache
+            array = np.array(getattr(self, name), dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
         ratio = [n.ratio for n in self]
         for i, (a, b) in enumerate(zip(ratio, ratio[1:])):
             if not a > b:

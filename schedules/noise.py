@@ -87,10 +87,10 @@ class NoiseSchedule:
         """The cleanest trained level: the last that a network has seen."""
         return float(self.train_levels[0])
 
-    @property
+    @cached_property
     def key(self) -> tuple:
         """Identity by value, for caches."""
-        return (type(self).__name__, self.train_levels.tobytes())
+        return (type(self).__qualname__, self.frame, self.train_levels.tobytes())
 
 
 class _Indexed(NoiseSchedule):
@@ -323,6 +323,6 @@ class Table(_Indexed):
     def time(self, level: ArrayLike) -> Array:
         return np.interp(self._invert(level), np.arange(len(self.times), dtype=np.float64), self.times)
 
-    @property
+    @cached_property
     def key(self) -> tuple:
-        return (*super().key, self.times, self.state)
+        return (*super().key, self.times)

@@ -83,12 +83,23 @@ def make_grid(
     """
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
-    found, options = schedule(schedule_spec)
-    levels = found.function(noise_schedule, int(steps) + (not final_zero), **options)
-    try:
-        return TimeGrid.from_levels(noise_schedule, np.append(levels, 0.0) if final_zero else levels)
-    except ValueError as error:
-        raise ValueError(f"schedule {render(found.name, options)!r} with {steps} steps: {error}") from None
+    key = (noise_schedule.key, int(steps), schedule_spec, final_zero)
+    grid = _GRIDS.get(key)
+    if grid is None:
+        found, options = schedule(schedule_spec)
+        levels = found.function(noise_schedule, int(steps) + (not final_zero), **options)
+        try:
+            grid = TimeGrid.from_levels(noise_schedule, np.append(levels, 0.0) if final_zero else levels)
+        except ValueError as error:
+            raise ValueError(f"schedule {render(found.name, options)!r} with {steps} steps: {error}") from None
+        while len(_GRIDS) >= 256:
+            _GRIDS.pop(next(iter(_GRIDS)), None)
+        _GRIDS[key] = grid
+    return grid
+
+
+_GRIDS: dict[tuple, TimeGrid] = {}
+"""Grids are immutable; a host asks for the same ones again and again."""
 
 
 def at_index(noise_schedule: NoiseSchedule, index: Array) -> Array:

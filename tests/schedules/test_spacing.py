@@ -165,3 +165,14 @@ def test_aliases_and_canonical_names():
 def test_grids_are_validated(levels, words):
     with pytest.raises(ValueError, match=words):
         TimeGrid.from_levels(EDM(), levels)
+
+
+def test_grids_are_cached_and_cannot_be_changed():
+    grid = make_grid(EDM(), 5, "karras")
+    assert make_grid(EDM(), 5, "karras") is grid
+    assert make_grid(EDM(0.01), 5, "karras") is not grid
+    with pytest.raises(ValueError, match="read-only"):
+        grid.sigma[0] = 1.0
+    levels = np.array([1.0, 0.5, 0.0])
+    TimeGrid.from_levels(Flow(), levels)
+    levels[0] = 0.9  # the caller's array stays the caller's

@@ -1,0 +1,294 @@
+"""FewStepScheduler in real pipelines with tiny random weights: it must be taken for one of diffusers' own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers  # noqa: E402
+import fewstep as fs  # noqa: E402
+import numpy as np  # noqa: E402
+import tiny_pipelines  # noqa: E402
+from fewstep import FewStepScheduler  # noqa: E402
+from tiny_pipelines import CASES, Case  # noqa: E402
+
+SOLVERS = ("dpmpp_2m", "unipc:order=3", "heun", "euler_ancestral")
+everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, and a fixed global generator: SD3, FLUX and DiT do not pass theirs to the scheduler."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+
+
+def dressed(case: Case, **options: Any) -> Any:
+    """The pipeline of a case with our scheduler."""
+    pipe = case.pipeline()
+    pipe.scheduler = FewStepScheduler.from_config(pipe.native.config, **options)
+    return pipe
+
+
+def counted(pipe: Any) -> list[torch.Tensor]:
+    """Record the timestep of every call of step; pipelines look at its signature, so that is kept."""
+    calls: list[torch.Tensor] = []
+    step = pipe.scheduler.step
+
+    @functools.wraps(step)
+    def recorder(model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **more: Any) -> Any:
+        calls.append(torch.as_tensor(timestep))
+        return step(model_output, timestep, sample, **more)
+
+    pipe.scheduler.step = recorder
+    return calls
+
+
+@functools.cache
+def native_shape(name: str) -> tuple[int, ...]:
+    case = CASES[name]
+    case.pipeline().scheduler = case.native()
+    return tuple(case.call(case.pipeline()).shape)
+
+
+@everywhere
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_runs(case: Case, solver: str) -> None:
+    shape = native_shape(case.name)
+    pipe = dressed(case, solver=solver)
+    calls = counted(pipe)
+    for steps in (1, 2, 5, 12):
+        calls.clear()
+        seen: list[int] = []
+        arguments: dict[str, Any] = {}
+        if case.latents is not None:
+            arguments["callback_on_step_end"] = lambda p, i, t, kw: seen.append(i) or kw
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(between the stages|were replaced).*")
+            out = case.call(pipe, steps, **arguments)
+        assert tuple(out.shape) == shape
+        assert torch.isfinite(out).all()
+        total = len(pipe.scheduler.timesteps)
+        assert total == (2 * steps - 1 if solver == "heun" else steps)
+        assert len(calls) == total - (pipe.scheduler.begin_index or 0)
+        assert pipe.scheduler.step_index == (total if calls else None)  # one step at strength 0.6 is none
+        if case.latents is not None:
+            assert len(seen) == len(calls)
+
+
+@everywhere
+def test_repeats_bit_for_bit(case: Case) -> None:
+    """On one scheduler object, after another run, and on a copy."""
+    pipe = dressed(case, solver="euler_ancestral", schedule="karras")
+    torch.manual_seed(1)
+    first = case.call(pipe, 4)
+    case.call(pipe, 3, seed=5)
+    torch.manual_seed(1)
+    assert torch.equal(case.call(pipe, 4), first)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    torch.manual_seed(1)
+    assert torch.equal(case.call(pipe, 4), first)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl_img2img", "sd3", "flux"])
+def test_bfloat16(name: str) -> None:
+    case = CASES[name]
+    pipe = dressed(case, solver="unipc")
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    exact = case.call(pipe, 5)
+    try:
+        for m in modules:
+            m.to(torch.bfloat16)
+        half = {k: v.bfloat16() for k, v in case.arguments().items() if isinstance(v, torch.Tensor)}
+        out = case.call(pipe, 5, **half)
+    finally:
+        for m in modules:
+            m.to(torch.float32)
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()
+    assert (out.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sdxl_img2img"])
+def test_custom_timesteps(name: str) -> None:
+    case, times = CASES[name], [901, 700, 333, 40]
+    pipe = dressed(case, solver="unipc:order=3", schedule="karras")
+    out = case.call(pipe, None, timesteps=times, **({"strength": 1.0} if case.image_to_image else {}))
+    assert pipe.scheduler.timesteps.tolist() == times
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_custom_sigmas(name: str) -> None:
+    case = CASES[name]
+    sigmas = [1.0, 0.8, 0.4, 0.2] if case.flow else [14.0, 5.0, 1.0, 0.2]
+    pipe = dressed(case, solver="dpmpp_2m", schedule="karras", use_dynamic_shifting=False, shift=1.0)
+    for given in (sigmas, np.array(sigmas), torch.tensor(sigmas)):
+        if name == "flux" and not isinstance(given, list):
+            continue  # FLUX itself asks `sigmas or default`
+        out = case.call(pipe, None if not case.flow else 4, sigmas=given)
+        assert pipe.scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_img2img"])
+def test_named_schedule_replaces_what_flow_pipelines_always_send(name: str) -> None:
+    case = CASES[name]
+    pipe = dressed(case, solver="unipc", schedule="exponential")
+    case.call(pipe, 6)
+    ratio = pipe.scheduler.sigmas[1:-1] / pipe.scheduler.sigmas[:-2]
+    assert ratio.tolist() == pytest.approx([ratio[0].item()] * 5, rel=1e-4)
+
+
+def test_mu_moves_the_schedule() -> None:
+    """FLUX computes mu from the image size: with any solver and any schedule by index more tokens mean more noise."""
+    case = CASES["flux"]
+    for schedule in (None, "linspace"):
+        pipe = dressed(case, solver="unipc", schedule=schedule, max_shift=8.0)
+        case.call(pipe, 4)
+        small = pipe.scheduler.sigmas.clone()
+        case.call(pipe, 4, height=64, width=64)
+        assert (pipe.scheduler.sigmas[1:-1] > small[1:-1]).all()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_same_as_sampling_without_a_pipeline(name: str) -> None:
+    """Same network, noise and grid: the pipeline's loop and ours agree bit for bit."""
+    case = CASES[name]
+    for solver in ("unipc:order=3", "heun", "deis"):
+        pipe = dressed(case, solver=solver, schedule="karras" if case.flow else "trailing")
+        start, outputs = [], []
+        step = pipe.scheduler.step
+
+        @functools.wraps(step)
+        def recorder(
+            model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, step=step, start=start, outputs=outputs, **kw: Any
+        ) -> Any:
+            start.append(sample)
+            outputs.append(model_output)
+            return step(model_output, timestep, sample, **kw)
+
+        pipe.scheduler.step = recorder
+        out = case.call(pipe, 5)
+        replay = iter(outputs)
+        times: list[float] = []
+
+        def network(x: torch.Tensor, t: torch.Tensor, replay=replay, times=times) -> torch.Tensor:
+            times.append(float(t[0]))
+            return next(replay)
+
+        noise_schedule = pipe.scheduler._run.plan.source.noise_schedule
+        denoiser = fs.Denoiser(network, noise_schedule, "flow" if case.flow else "epsilon")
+        ours = fs.sample(denoiser, start[0], solver, 5, pipe.scheduler.config.schedule)
+        assert torch.equal(ours, out)
+        scale = 1000 if case.flow else 1
+        assert pipe.scheduler.timesteps.tolist() == pytest.approx([t * scale for t in times], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd_img2img", "sdxl_img2img", "sd3_img2img", "flux_img2img"])
+def test_image_to_image_keeps_more_of_the_image_at_less_strength(name: str) -> None:
+    case = CASES[name]
+    for solver in ("dpmpp_2m", "unipc", "euler_ancestral"):
+        pipe = dressed(case, solver=solver)
+        changes = []
+        for strength in (0.1, 0.4, 0.9):
+            out = case.call(pipe, 20, strength=strength)
+            assert torch.isfinite(out).all()
+            changes.append((out - case.call(pipe, 20, strength=0.06)).abs().mean().item())
+        assert changes == sorted(changes)
+
+
+@pytest.mark.parametrize("name", ["sd_img2img", "sd3_img2img"])
+def test_starting_between_the_stages_of_a_step_costs_one_evaluation_and_no_more(name: str) -> None:
+    """Heun's second stage stands where the next step begins: an odd start waits for it, and says so."""
+    case = CASES[name]
+    pipe = dressed(case, solver="heun")
+    with pytest.warns(UserWarning, match="between the stages"):
+        odd = case.call(pipe, 8, strength=0.375)  # starts at evaluation 5
+    assert pipe.scheduler.begin_index == 5
+    assert torch.isfinite(odd).all()
+    with pytest.warns(UserWarning, match="between the stages"):
+        dressed(case, solver="heun")
+        again = case.call(case.pipeline(), 8, strength=0.375)
+    assert torch.equal(odd, again)
+
+
+def test_sdxl_in_two_parts_equals_one() -> None:
+    """denoising_end hands over to denoising_start at the same level; a one-step method does not notice."""
+    text, image = CASES["sdxl"], CASES["sdxl_img2img"]
+    whole = text.call(dressed(text, solver="euler"), 10)
+    first = text.call(dressed(text, solver="euler"), 10, denoising_end=0.5)
+    pipe = dressed(image, solver="euler")
+    second = image.call(pipe, 10, denoising_start=0.5, image=first, strength=0.3)
+    assert torch.allclose(second, whole, atol=1e-5)
+
+
+def test_the_pipeline_folder_comes_back(tmp_path: Path) -> None:
+    case = CASES["ddpm"]
+    pipe = dressed(case, solver="unipc:order=3", schedule="karras:rho=5", clip_sample=False)
+    out = case.call(pipe, 4)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == [FewStepScheduler.__module__, "FewStepScheduler"]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is FewStepScheduler
+    assert again.scheduler.config.solver == "unipc:order=3"
+    again.set_progress_bar_config(disable=True)
+    print((case.call(again, 4)- out).abs().max())
+    assert torch.equal(case.call(again, 4), out)
+    native = diffusers.DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, scheduler=native)
+    assert type(again.scheduler) is diffusers.DDPMScheduler
+
+
+@everywhere
+def test_round_trip_to_the_native_class(case: Case) -> None:
+    pipe = dressed(case)
+    back = type(pipe.native).from_config(pipe.scheduler.config)
+    keys = [k for k in pipe.native.config if not k.startswith("_")]
+    assert {k: back.config[k] for k in keys} == {k: pipe.native.config[k] for k in keys}
+    torch.manual_seed(0)
+    pipe.scheduler = case.native()
+    expected = case.call(pipe, 2)
+    pipe.scheduler = back
+    torch.manual_seed(0)
+    assert torch.equal(case.call(pipe, 2), expected)
+    assert FewStepScheduler.from_config(back.config, solver="heun").config.solver == "heun"
+
+
+def test_latents_edited_by_a_callback_are_taken() -> None:
+    case = CASES["sd"]
+
+    def edit(pipe: Any, i: int, t: Any, kw: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": kw["latents"] * 0.5} if i == 1 else kw
+
+    pipe = dressed(case, solver="dpmpp_2m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not torch.equal(case.call(pipe, 4), case.call(pipe, 4, callback_on_step_end=edit))
+    pipe = dressed(case, solver="heun")
+    with pytest.warns(UserWarning, match="were replaced between two steps") as record:
+        case.call(pipe, 4, callback_on_step_end=edit)
+        case.call(pipe, 4, callback_on_step_end=edit)
+    assert len([w for w in record if "were replaced" in str(w.message)]) == 1
+
+
+def test_inpainting_keeps_what_is_not_masked() -> None:
+    case = CASES["sd_inpaint"]
+    pipe = dressed(case, solver="dpmpp_2m", schedule="karras")
+    keep = (tiny_pipelines.randn(1, 1, tiny_pipelines.IMAGE, tiny_pipelines.IMAGE, seed=3) > 0).float() * 0
+    out = case.call(pipe, 5, mask_image=keep)  # nothing is masked: the image comes back
+    pipe.scheduler = FewStepScheduler.from_config(pipe.native.config, solver="unipc")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*were replaced.*")
+        other = case.call(pipe, 3, mask_image=keep)
+    assert torch.allclose(out, other, atol=1e-5)
