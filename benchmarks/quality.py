@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py [--samples 64] [--models gmm digits-exact ...] [--out benchmarks/results/quality.json]
 
-For every embedded model and number of evaluations, the RMS distance per element to the converged solution from the same
-noise; "best peer" is the smallest over all classes and spacings *in that cell*, a choice that no user could make in
-advance. The ratio fewstep / best peer and its geometric mean are printed. Peers are the installed diffusers' own classes,
-driven as a pipeline drives them. Every figure comes from this run.
+For every embedded model and number of evaluations, the RMS distance per element to the converged solution from the
+same noise; "best peer" is the smallest over all classes and spacings *in that cell*, a choice that no user could make
+in advance. The ratio fewstep / best peer and its geometric mean are printed. Peers are the installed diffusers' own
+classes, driven as a pipeline drives them. Every figure comes from this run.
 """
 
 from __future__ import annotations
@@ -38,19 +38,39 @@ def spacings(frame: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield "FlowMatchHeunDiscreteScheduler", f"shift {shift:g}", {"shift": shift}
             flow = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
             for order in (2, 3):
-                yield "DPMSolverMultistepScheduler", f"order {order} shift {shift:g}", {**flow, "solver_order": order}
-                yield "UniPCMultistepScheduler", f"order {order} shift {shift:g}", {**flow, "solver_order": order}
-                yield "DEISMultistepScheduler", f"order {order} shift {shift:g}", {**flow, "solver_order": order}
+                yield (
+                    "DPMSolverMultistepScheduler",
+                    f"order {order} shift {shift:g}",
+                    {**flow, "solver_order": order},
+                )
+                yield (
+                    "UniPCMultistepScheduler",
+                    f"order {order} shift {shift:g}",
+                    {**flow, "solver_order": order},
+                )
+                yield (
+                    "DEISMultistepScheduler",
+                    f"order {order} shift {shift:g}",
+                    {**flow, "solver_order": order},
+                )
         return
     if frame == "edm":
         for name in ("karras", "exponential"):
             config = {"sigma_schedule": name, "sigma_min": 0.002, "sigma_max": 80.0}
             yield "EDMEulerScheduler", name, config
             for order in (2, 3):
-                yield "EDMDPMSolverMultistepScheduler", f"order {order} {name}", {**config, "solver_order": order}
+                yield (
+                    "EDMDPMSolverMultistepScheduler",
+                    f"order {order} {name}",
+                    {**config, "solver_order": order},
+                )
         return
     placements = {s: {"timestep_spacing": s} for s in ("linspace", "trailing", "leading")}
-    flags = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+    flags = {
+        "karras": "use_karras_sigmas",
+        "exponential": "use_exponential_sigmas",
+        "beta": "use_beta_sigmas",
+    }
     for place, base in placements.items():
         base = {**base, **({"steps_offset": 1} if place == "leading" else {})}
         yield "DDIMScheduler", place, {**base, "clip_sample": False}
@@ -66,7 +86,9 @@ def spacings(frame: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
                     yield cls, f"order {order} {place} {name}", {**config, "solver_order": order}
 
 
-def run_peer(cls: str, config: dict[str, Any], model: EvalModel, indices: list[int], w: float | None, nfe: int) -> Any:
+def run_peer(
+    cls: str, config: dict[str, Any], model: EvalModel, indices: list[int], w: float | None, nfe: int
+) -> Any:
     """A diffusers scheduler at exactly ``nfe`` evaluations, or None if it cannot spend that many."""
     denoiser = model.denoiser(indices)
     kind = {"epsilon": "epsilon", "denoised": "sample", "v": "v_prediction", "flow": "flow_prediction"}
@@ -74,7 +96,12 @@ def run_peer(cls: str, config: dict[str, Any], model: EvalModel, indices: list[i
     if cls.startswith("FlowMatch"):
         config.pop("prediction_type")
     if not cls.startswith(("EDM", "FlowMatch")):
-        config |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+        config |= {
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "num_train_timesteps": 1000,
+        }
     scheduler = getattr(diffusers, cls)(**config)
     for steps in (nfe, (nfe + 1) // 2):
         scheduler.set_timesteps(steps)
@@ -86,9 +113,7 @@ def run_peer(cls: str, config: dict[str, Any], model: EvalModel, indices: list[i
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         if cls.startswith("EDM"):
-            # These classes undo an EDM preconditioning; hand them the network output that it would have had.
-            sigma = scheduler.sigmas[i].to(x.dtype)
-            time, state = sigma, x
+            time, state = scheduler.sigmas[i].to(x.dtype), x
         else:
             time, state = t.to(x.dtype) / (1000 if model.noise_schedule.frame == "flow" else 1), scaled
         times = time.float().expand(len(x))
@@ -101,6 +126,8 @@ def run_peer(cls: str, config: dict[str, Any], model: EvalModel, indices: list[i
             c_x, c_m = conversion(denoiser.prediction, "flow", Node(sigma, 1 - sigma, sigma))
             out = c_x * x + c_m * out
         if cls.startswith("EDM"):
+            # These classes undo an EDM preconditioning: hand them the network output that it would have had.
+            sigma = scheduler.sigmas[i].to(x.dtype)
             d = out if denoiser.prediction == "denoised" else x - sigma * out
             sd = scheduler.config.sigma_data
             out = (d - sd**2 / (sigma**2 + sd**2) * x) / (sigma * sd / (sigma**2 + sd**2) ** 0.5)
@@ -111,9 +138,13 @@ def run_peer(cls: str, config: dict[str, Any], model: EvalModel, indices: list[i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="builtin names, NAME@W for guidance scale W")
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, help="builtin names, NAME@W for guidance scale W"
+    )
     parser.add_argument("--nfe", nargs="+", type=int, default=NFES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     args = parser.parse_args()
@@ -157,8 +188,11 @@ def main() -> None:
                     "resolution": resolution,
                 }
             )
-            print(f"  NFE {nfe:2d}: {error:.4f}  best of {len(peers)} peers {peers[best]:.4f} ({best})  "
-                  f"ratio {error / peers[best]:.2f}", flush=True)
+            print(
+                f"  NFE {nfe:2d}: {error:.4f}  best of {len(peers)} peers {peers[best]:.4f} ({best})  "
+                f"ratio {error / peers[best]:.2f}",
+                flush=True,
+            )
     mean = math.exp(sum(math.log(r["ratio"]) for r in rows) / len(rows))
     print(f"\ngeometric mean of the ratios over {len(rows)} cells: {mean:.3f}")
     versions = {"fewstep": fs.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ..schedules.spacing import DEFAULT
+
 app = typer.Typer(
     name="fewstep",
     no_args_is_help=True,
@@ -270,7 +272,7 @@ def list_(
 def explain(
     solver: Annotated[str, typer.Argument(help="A solver spec such as unipc:order=3.")],
     steps: Annotated[int, typer.Option(help="Steps of the grid whose coefficients are shown.")] = 8,
-    schedule: Annotated[str, typer.Option(help="Named spacing of that grid.")] = "karras",
+    schedule: Annotated[str, typer.Option(metavar="NAME", help="Named spacing of that grid.")] = DEFAULT,
     noise: Annotated[str, typer.Option(help="Its noise schedule: vp, edm or flow.")] = "vp",
     step_length: Annotated[
         float, typer.Option(help="Step h of the stability region, in log-SNR (lambda).")

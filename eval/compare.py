@@ -107,6 +107,6 @@ def _load(plan: Plan, panel: Panel, store: Store, cell: Cell) -> Mapping[str, np
 def _entry(a: float, b: float, difference: Estimate) -> dict[str, Any]:
     sure = math.isfinite(difference.low) and not difference.low <= 0.0 <= difference.high
     verdict = "no difference seen" if not sure else "better" if difference.value < 0 else "worse"
-    if difference.value == 0.0 and difference.low == difference.high:
+    if difference.value == 0.0 and not difference.low < difference.high:
         verdict = "identical"
     return {"a": a, "b": b, "difference": difference.to_json(), "verdict": verdict}

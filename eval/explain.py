@@ -10,6 +10,7 @@ import numpy as np
 
 from ..samplers import Combine, Program, Solver, compile, parse
 from ..schedules import TimeGrid, make_grid, schedule
+from ..schedules.spacing import DEFAULT
 from . import mixture, stability
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ ORDER_STEPS = (24, 48, 96, 192)
 
 
 def explain(
-    solver: str, steps: int = 8, spacing: str = "karras", noise: str = "vp", step_length: float = 1.0
+    solver: str, steps: int = 8, spacing: str = DEFAULT, noise: str = "vp", step_length: float = 1.0
 ) -> dict[str, Any]:
     """Everything ``fewstep explain`` shows, as plain data.
 

@@ -101,13 +101,13 @@ LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
             ("name", "solver"),
             ("order", "order"),
             ("stochastic", "stochastic"),
-            ("options", "options"),
             ("summary", ""),
+            ("options", "options"),
         ),
     ),
     "schedules": (
         schedules,
-        (("name", "schedule"), ("options", "options"), ("aliases", "also"), ("summary", "")),
+        (("name", "schedule"), ("summary", ""), ("options", "options"), ("aliases", "also")),
     ),
     "models": (
         models,

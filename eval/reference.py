@@ -9,12 +9,10 @@ error (about (2^p - 1) times the error at order p).
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..hosts.library import sample
 from ..samplers import compile
 from ..schedules import make_grid
 from .store import digest
@@ -50,8 +48,3 @@ def plan(target: Target, base: Mapping[str, Any], steps: int = STEPS) -> Referen
         content = hashlib.sha256(program.to_json().encode()).hexdigest()
         keys.append(digest({**base, "reference": content}))
     return Reference(SOLVER, SCHEDULE, steps, keys[0], keys[1])
-
-
-def default_schedule() -> str:
-    """The spacing that ``fewstep.sample`` uses when none is named."""
-    return str(inspect.signature(sample).parameters["schedule"].default)

@@ -87,6 +87,7 @@ def growth(solver: str, step: float, z: NDArray[np.complex128]) -> NDArray[np.fl
         late = _norm(states[-WINDOW:])
         early = _norm(states[-WINDOW - COUNTED : -COUNTED])
         factor = (late / early) ** (1.0 / COUNTED)
+    factor = np.where(early == 0.0, 0.0, factor)  # decayed to nothing in one step
     return np.where(np.isnan(factor), np.inf, factor)
 
 

@@ -155,7 +155,7 @@ class Store:
     ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """Several chunks joined in the order given: the same result whoever wrote them."""
         loaded = [self.load_chunk(key, part) for part in parts]
-        names = loaded[0][0].keys()
+        names = [n for n in loaded[0][0] if all(n in arrays for arrays, _ in loaded)]
         return {n: np.concatenate([arrays[n] for arrays, _ in loaded]) for n in names}, [
             info for _, info in loaded
         ]

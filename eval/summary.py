@@ -55,6 +55,8 @@ class Summary:
             "features": None,
         }  # fmt: skip
         parts = panel.chunks(self.size)
+        if (failure := self.store.failure(r.key)) is not None:
+            head["warnings"].append(f"there is no converged solution, so no distance to it: {failure}")
         if not self.complete(r.key, parts):
             return head
         arrays, infos = self.store.load_chunks(r.key, parts)
@@ -93,13 +95,12 @@ class Summary:
         arrays, infos = self.store.load_chunks(cell.key, parts)
         result |= {"status": "ok", "message": None, "samples": self.panel.samples}
         result |= {"nfe": infos[0]["nfe"], "calls": infos[0]["calls"]}
-        if "distance" in arrays:
+        if "distance" in arrays and self.complete(self.panel.reference.key, parts):
             result["rms"] = mean_interval(arrays["distance"]).to_json()
             result["rms_median"] = median_interval(arrays["distance"]).to_json()
         if "features" in arrays:
-            distance, excess = frechet_interval(
-                arrays["features"], self._reference_moments(), self._floor_features()
-            )
+            floor = self._floor_features() if self.complete(self.panel.reference.key, parts) else None
+            distance, excess = frechet_interval(arrays["features"], self._reference_moments(), floor)
             result["frechet"] = distance.to_json()
             result["frechet_excess"] = excess.to_json() if excess else None
         if (agreement := _agreement(arrays)) is not None:

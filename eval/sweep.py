@@ -15,6 +15,7 @@ from typing import Any
 
 from ..samplers import Solver, compile, parse
 from ..schedules import NoiseSchedule, TimeGrid, make_grid, schedule
+from ..schedules.spacing import DEFAULT
 from . import reference
 from .metrics import rank_deficient
 from .store import Chunk, chunks, digest
@@ -119,7 +120,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()}
+        config: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["config"].items()
+        }
         panels = []
         for p in data["panels"]:
             panels.append(
@@ -210,7 +213,7 @@ def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
 def resolve_schedule(name: str) -> str:
     """The spacing that a name on the command line means; ``auto`` is the library's own default."""
     if name == AUTO_SCHEDULE:
-        return reference.default_schedule()
+        return DEFAULT
     schedule(name)
     return name
 

@@ -94,7 +94,7 @@ def _word(value: Any) -> str:
         return ", ".join(map(str, value))
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
-    return str(value)
+    return str(value).replace("``", "")  # the code marks of docstrings
 
 
 def comparison_table(panel: Mapping[str, Any]) -> Table:

@@ -141,7 +141,7 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     arrays: dict[str, np.ndarray] = {}
     if job.kind != "cell":
         arrays["samples"] = x
-    elif not job.stochastic:
+    elif not job.stochastic and store.failure(panel.reference.key) is None:
         truth, _ = store.load_chunk(panel.reference.key, chunk)
         arrays["distance"] = rms_distance(x, truth["samples"])
     if job.kind != "check":

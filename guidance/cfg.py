@@ -25,7 +25,11 @@ class CFG:
     scale: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+        if (
+            isinstance(self.scale, bool)
+            or not isinstance(self.scale, (int, float))
+            or not math.isfinite(self.scale)
+        ):
             raise ValueError(f"the guidance scale must be a finite number, got {self.scale!r}")
         if self.scale < 0:
             raise ValueError(f"the guidance scale must be >= 0 (1 means no guidance), got {self.scale:g}")

@@ -17,7 +17,10 @@ Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Predictor(Protocol):
     """``predictor(x, node) -> prediction`` of the shape of x, in the space that ``prediction`` names."""
 
-    prediction: Prediction
+    @property
+    def prediction(self) -> Prediction:
+        """What it returns."""
+        ...
 
     def __call__(self, x: torch.Tensor, node: Node) -> torch.Tensor: ...
 
@@ -49,12 +52,15 @@ class Denoiser:
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable as {name}(x, t), got {type(function).__name__}")
         if not isinstance(noise_schedule, NoiseSchedule):
-            raise TypeError(f"noise_schedule must be one of fewstep.schedules, got {type(noise_schedule).__name__}")
+            raise TypeError(
+                f"noise_schedule must be one of fewstep.schedules, got {type(noise_schedule).__name__}"
+            )
         if prediction not in PREDICTIONS:
             hint = suggestion(str(prediction), PREDICTIONS)
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}{hint}")
         self.fn, self.unconditional = fn, unconditional
-        self.noise_schedule, self.prediction = noise_schedule, prediction
+        self.noise_schedule = noise_schedule
+        self.prediction: Prediction = prediction
         self.shape = None if shape is None else tuple(shape)
         self.nfe = 0
 

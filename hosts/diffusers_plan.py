@@ -124,8 +124,8 @@ class Plan:
                 return Start(program, wait)
         starts = ", ".join(str(i) for i in range(self.program.nfe) if self._tail(i, options) is not None)
         raise ValueError(
-            f"solver {self.solver.spec!r} cannot start at evaluation {index} of {self.program.nfe}: it lies between "
-            f"the stages of a step; possible starts: {starts}. A solver with one evaluation a step starts anywhere"
+            f"solver {self.solver.spec!r} cannot start at evaluation {index} of {self.program.nfe}, which is not the "
+            f"beginning of a step; possible starts: {starts}. A solver with one evaluation a step starts anywhere"
         )
 
     def _tail(self, index: int, options: dict[str, Any]) -> Program | None:
@@ -143,16 +143,20 @@ class Plan:
 
         Raises ValueError if the new levels cannot be stepped through.
         """
-        published = self.sigmas.astype(np.float32).astype(np.float64)
-        new = np.where(published == np.asarray(sigmas), self.sigmas, sigmas)
+        given = np.asarray(sigmas)
         steps = [i for i in range(self.program.nfe) if self._tail(i, {}) is not None]
-        kept = [*steps, *range(self.program.nfe, len(new))]
-        levels = 1.0 - new[kept] if self.source.inverted else new[kept]
-        times = [self.nodes[i].t for i in kept]
+        kept = [*steps, *range(self.program.nfe, len(given))]
+        if len(given) != len(self.sigmas):
+            raise ValueError(f"sigmas had {len(self.sigmas)} elements and now have {len(given)}")
         idle = 0
-        while len(levels) > 2 and levels[-1] == levels[-2]:
-            levels, times, idle = levels[:-1], times[:-1], idle + 1
-        grid = _grid(self.source, levels, np.array(times))
+        while len(kept) > 2 and given[kept[-1]] == given[kept[-2]]:
+            kept, idle = kept[:-1], idle + 1
+        if not np.all(np.diff(given[kept]) < 0 if not self.source.inverted else np.diff(given[kept]) > 0):
+            raise ValueError(f"the changed sigmas must be strictly decreasing, got {given[kept].tolist()}")
+        # What was not touched keeps its exact value.
+        new = np.where(self.sigmas.astype(np.float32) == given, self.sigmas, given)[kept]
+        levels = 1.0 - new if self.source.inverted else new
+        grid = _grid(self.source, levels, np.array([self.nodes[i].t for i in kept]))
         return replace(self, grid=grid, idle=idle, _starts={})
 
 

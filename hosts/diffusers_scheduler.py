@@ -463,9 +463,16 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         stepper, draws = run.stepper, run.draws
-        if stepper is None or stepper.done:  # an idle evaluation at the end
+        if stepper is None:
             return sample
         assert draws is not None
+        if plan.source.sigma_data is not None:
+            # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
+            run.before = stepper.fork()
+            if stepper.evaluations and sample.shape != stepper.x.shape:
+                return sample
+        if stepper.done:  # an idle evaluation at the end
+            return sample
         if stepper.evaluations and sample is not stepper.x and plan.keeps_states:
             if sample.data_ptr() != stepper.x.data_ptr():
                 self._warn(
@@ -473,11 +480,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                     f"the latents were replaced between two steps; solver {plan.solver.spec!r} goes on from an earlier "
                     "state too, which it cannot change. 'dpmpp_2m', 'deis' or 'euler' use the new latents throughout",
                 )
-        if plan.source.sigma_data is not None:
-            # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
-            run.before = stepper.fork()
-            if stepper.evaluations and sample.shape != stepper.x.shape:
-                return sample
         stepper.x = sample
         draws.generator, draws.given, draws.dtype = generator, variance_noise, dtype
         try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from numpy.typing import ArrayLike
 
 from ..guidance import CFG, Denoiser, Predictor
 from ..samplers import BrownianNoise, NoiseSource, Solver, Stepper, WhiteNoise, compile, parse
@@ -26,7 +27,7 @@ def sample(
     steps: int = 8,
     schedule: str = DEFAULT_SCHEDULE,
     *,
-    sigmas: Sequence[float] | torch.Tensor | None = None,
+    sigmas: ArrayLike | torch.Tensor | None = None,
     guidance: CFG | float | None = None,
     seed: int | Sequence[int] = 0,
     noise: NoiseKind | NoiseSource = "white",
@@ -71,7 +72,7 @@ def prepare(
     solver: str | Solver,
     steps: int,
     schedule: str,
-    sigmas: Sequence[float] | torch.Tensor | None,
+    sigmas: ArrayLike | torch.Tensor | None,
     guidance: CFG | float | None,
 ) -> tuple[Predictor, TimeGrid, Solver]:
     """Check the arguments of :func:`sample`; the predictor, the grid and the solver of the run."""
@@ -85,7 +86,7 @@ def prepare(
     if sigmas is None:
         grid = make_grid(denoiser.noise_schedule, steps, schedule)
     else:
-        levels = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else list(sigmas)
+        levels = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas
         grid = TimeGrid.from_levels(denoiser.noise_schedule, levels)
     if guidance is None:
         return denoiser, grid, chosen
@@ -96,10 +97,14 @@ def _noise_source(noise: NoiseKind | NoiseSource, seed: int | Sequence[int], bat
     if not isinstance(noise, str):
         return noise
     if noise not in _NOISE:
-        raise ValueError(f"noise must be 'white', 'brownian' or a source, got {noise!r}{suggestion(noise, _NOISE)}")
+        raise ValueError(
+            f"noise must be 'white', 'brownian' or a source, got {noise!r}{suggestion(noise, _NOISE)}"
+        )
     seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for a batch of {batch} samples; give one integer or one a sample")
+        raise ValueError(
+            f"{len(seeds)} seeds for a batch of {batch} samples; give one integer or one a sample"
+        )
     return _NOISE[noise](seeds)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -81,12 +81,12 @@ def lagrange(nodes: Sequence[float], x: np.ndarray) -> list[np.ndarray]:
     return basis
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(n)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gauss_laguerre(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.laguerre.laggauss(n)
 

@@ -78,7 +78,13 @@ def dpmpp_3m(
 
 
 def _multistep(
-    trace: Trace, x: Linear, grid: TimeGrid, order: int, form: Form, solver_type: SolverType, lower_order_final: bool
+    trace: Trace,
+    x: Linear,
+    grid: TimeGrid,
+    order: int,
+    form: Form,
+    solver_type: SolverType,
+    lower_order_final: bool,
 ) -> Linear:
     history: list[tuple[Node, Linear]] = []
     for i, (s, t) in enumerate(grid.intervals()):
@@ -102,7 +108,9 @@ def _step(
     if len(history) == 2:
         p1, p2 = moments(h, 1, form)[0], moments(h, 2, form)[1] / h
         weights = (p1, p1 / 2) if solver_type == "midpoint" else (p1, p2)
-        return propagate(x, s, t, form) + scale(t, form) * combination((weights[0], values[0]), (weights[1], d1))
+        return propagate(x, s, t, form) + scale(t, form) * combination(
+            (weights[0], values[0]), (weights[1], d1)
+        )
     p1, p2, p3 = (p / h**j for j, p in enumerate(moments(h, 3, form)))
     d1_prev = (values[1] - values[2]) / r[1]
     d2 = (d1 - d1_prev) / (r[0] + r[1])

@@ -90,12 +90,18 @@ def _strided(grid: TimeGrid, index: float, final_index: bool) -> Node:
     reference="k-diffusion, https://github.com/crowsonkb/k-diffusion",
 )
 def euler_ancestral(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0, frame: FrameName = "auto"
+    trace: Trace,
+    x: Linear,
+    grid: TimeGrid,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    frame: FrameName = "auto",
 ) -> Linear:
     """Euler to less noise than asked for, then fresh noise up to the asked level.
 
-    ``frame=edm``: down to ``k_d = sqrt(k_t^2 - k_u^2)``, ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``; equals DDIM
-    with the same ``eta`` on VP models. ``frame=flow`` (what ``auto`` is on flow models): down to the flow time
+    ``frame=edm``: down to ``k_d = sqrt(k_t^2 - k_u^2)``, ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``; equals
+    DDIM with the same ``eta`` on VP models. ``frame=flow`` (what ``auto`` is on flow models): down to the flow time
     ``c_d = c_t (1 + (c_t / c_s - 1) eta)``. ``s_noise`` scales the fresh noise.
     """
     for s, t in grid.intervals():

@@ -19,7 +19,9 @@ class NumericalError(ArithmeticError):
     state if there is one.
     """
 
-    def __init__(self, message: str, step: int, t: float, solver: str, state: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, message: str, step: int, t: float, solver: str, state: torch.Tensor | None = None
+    ) -> None:
         super().__init__(message)
         self.step, self.t, self.solver, self.state = step, t, solver, state
 
@@ -49,7 +51,9 @@ class Stepper:
         self, program: Program, x: torch.Tensor, noise: NoiseSource | None = None, *, check: bool = True
     ) -> None:
         if program.stochastic and noise is None:
-            raise ValueError(f"solver {program.solver!r} draws noise; give a noise source such as WhiteNoise(seeds)")
+            raise ValueError(
+                f"solver {program.solver!r} draws noise; give a noise source such as WhiteNoise(seeds)"
+            )
         self.program, self.noise, self.check = program, noise, check
         self.evaluations = 0
         self._registers: dict[int, torch.Tensor] = {0: x}
@@ -79,7 +83,7 @@ class Stepper:
         self._registers[self.program.output if self.done else self._pending.src] = value
 
     def fork(self) -> Stepper:
-        """An independent run from here on that shares the tensors so far (nothing writes to them) and the noise source."""
+        """An independent run from here on that shares the tensors so far (nothing writes to them) and the noise."""
         other = copy.copy(self)
         other._registers, other._sums = dict(self._registers), list(self._sums)
         return other

@@ -1,5 +1,6 @@
 """Noise sources: what ``Noise(start, stop)`` draws. Results depend on the seed of a sample and the interval, on
-nothing else: not on batch size, device, order of calls or the number of samples before."""
+nothing else: not on batch size, device, order of calls or the number of samples before.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def standard_normal(seeds: Sequence[int], like: torch.Tensor, *key: int) -> torc
     Drawn on the CPU in fp32, as generators of different devices give different streams.
     """
     if len(seeds) != like.shape[0]:
-        raise ValueError(f"{len(seeds)} seeds for a batch of {like.shape[0]} samples; one seed a sample is needed")
+        raise ValueError(
+            f"{len(seeds)} seeds for a batch of {like.shape[0]} samples; one seed a sample is needed"
+        )
     out = torch.empty(like.shape, dtype=torch.float32)
     for row, seed in zip(out, seeds, strict=True):
         state = int(np.random.SeedSequence([seed & (2**64 - 1), *key]).generate_state(1, np.uint64)[0])
@@ -81,11 +84,16 @@ class BrownianNoise:
         """``(j, W(u) - W(2^j))`` with ``2^j <= u < 2^(j+1)``, by bisection of the octave."""
         octave = math.floor(math.log2(u))
         fraction = u / 2.0**octave - 1.0
-        left, right = torch.zeros_like(like), 2.0 ** (octave / 2) * standard_normal(self.seeds, like, octave + 2000)
+        left, right = (
+            torch.zeros_like(like),
+            2.0 ** (octave / 2) * standard_normal(self.seeds, like, octave + 2000),
+        )
         position = 1
         for level in range(1, self.DEPTH + 1):
             deviation = 2.0 ** (octave / 2) * 2.0 ** (-(level + 1) / 2)
-            middle = (left + right) / 2 + deviation * standard_normal(self.seeds, like, octave + 2000, position)
+            middle = (left + right) / 2 + deviation * standard_normal(
+                self.seeds, like, octave + 2000, position
+            )
             fraction *= 2.0
             if fraction >= 1.0:
                 left, fraction = middle, fraction - 1.0

@@ -111,7 +111,9 @@ class Program:
     @cached_property
     def memory(self) -> int:
         """The most registers alive at once, each of the size of the state."""
-        return max((sum(a < i <= b for a, b in self.lifetimes.values()) for i in range(len(self.ops) + 1)), default=1)
+        return max(
+            (sum(a < i <= b for a, b in self.lifetimes.values()) for i in range(len(self.ops) + 1)), default=1
+        )
 
     @cached_property
     def history(self) -> int:
@@ -159,7 +161,9 @@ class Program:
                     if not (0 <= start < n and 0 <= stop < n):
                         fail(i, op, f"names nodes {start}, {stop} of {n}")
         if self.output not in written:
-            raise ValueError(f"program of {self.solver or 'unnamed solver'}: output register {self.output} is never written")
+            raise ValueError(
+                f"program of {self.solver or 'unnamed solver'}: output register {self.output} is never written"
+            )
         return self
 
     # -- views -----------------------------------------------------------------------------------------------------

@@ -96,15 +96,20 @@ def solver(
             name,
             function,
             family,
-            order if callable(order) else lambda **_: order,
+            _constant(order),
             evaluations_per_step,
-            stochastic if callable(stochastic) else lambda **_: stochastic,
+            _constant(stochastic),
             MappingProxyType(dict(aliases or {})),
             reference,
         )
         return function
 
     return register
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    """A function of the options, for a declaration that does not depend on them."""
+    return value if callable(value) else lambda **_: value
 
 
 @lru_cache(maxsize=1)
@@ -168,7 +173,9 @@ def parse(spec: str | Solver) -> Solver:
     if not isinstance(spec, str):
         raise TypeError(f"a solver is a name such as 'unipc:order=3' or a Solver, got {type(spec).__name__}")
     if "+" in spec:
-        raise ValueError(f"{spec!r}: no transform {spec.partition('+')[2]!r}; this version has solvers only, no transforms")
+        raise ValueError(
+            f"{spec!r}: no transform {spec.partition('+')[2]!r}; this version has solvers only, no transforms"
+        )
     known = solvers()
     name, given = split(spec)
     if name not in known:
@@ -182,7 +189,7 @@ def parse(spec: str | Solver) -> Solver:
     return Solver(declaration, MappingProxyType(bind(declaration.options, given, f"solver {name!r}")))
 
 
-def compile(  # noqa: A001  the established word
+def compile(
     solver: str | Solver, grid: TimeGrid, *, prediction: Prediction = "denoised", **options: Any
 ) -> Program:
     """Trace a solver on a grid into a :class:`Program`; cached by solver, options, grid and prediction.
@@ -200,7 +207,9 @@ def compile(  # noqa: A001  the established word
     program = _CACHE.get(key)
     if program is None:
         trace = Trace(grid, prediction)
-        program = trace.finish(chosen.declaration.function(trace, trace.start, grid, **chosen.all_options), chosen.spec)
+        program = trace.finish(
+            chosen.declaration.function(trace, trace.start, grid, **chosen.all_options), chosen.spec
+        )
         while len(_CACHE) >= _CACHE_SIZE:
             _CACHE.pop(next(iter(_CACHE)), None)
         _CACHE[key] = program
@@ -236,4 +245,6 @@ def steps_for(solver: str | Solver, nfe: int, make_grid: Callable[[int], TimeGri
     below = max((c for c in costs.values() if c < nfe), default=None)
     above = min((c for c in costs.values() if c > nfe), default=None)
     nearest = " and ".join(str(c) for c in (below, above) if c is not None) or "none"
-    raise ValueError(f"solver {chosen.spec!r} cannot spend exactly {nfe} evaluations; nearest budgets: {nearest}")
+    raise ValueError(
+        f"solver {chosen.spec!r} cannot spend exactly {nfe} evaluations; nearest budgets: {nearest}"
+    )

@@ -35,7 +35,10 @@ def ddim(x: Linear, m: Evaluation, s: Node, t: Node, form: Form = "denoised") ->
     ``    = (alpha_t / alpha_s) x - (alpha_t sigma_s / alpha_s - sigma_t) eps``
     """
     if form == "denoised" or s.alpha == 0.0:
-        return propagate(x, s, t, "denoised") + t.alpha * moments(step_length(s, t), 1, "denoised")[0] * m.denoised
+        return (
+            propagate(x, s, t, "denoised")
+            + t.alpha * moments(step_length(s, t), 1, "denoised")[0] * m.denoised
+        )
     if t.sigma == 0.0:
         return (t.alpha / s.alpha) * x - (t.alpha * s.ratio) * m.epsilon
     return propagate(x, s, t, form) - t.sigma * moments(step_length(s, t), 1, form)[0] * m.epsilon
@@ -64,10 +67,13 @@ def frame_name(name: FrameName, grid: TimeGrid) -> Literal["edm", "flow"]:
     return "flow" if grid.noise_schedule.frame == "flow" else "edm"
 
 
-def renoise(trace: Trace, x: Linear, low: Node, t: Node, key: tuple[Node, Node], s_noise: float = 1.0) -> Linear:
-    """Carry ``x`` at a cleaner node ``low`` to ``t`` by adding noise: ``(a_t/a_l) x + sqrt(s_t^2 - (a_t/a_l)^2 s_l^2) z``.
+def renoise(
+    trace: Trace, x: Linear, low: Node, t: Node, key: tuple[Node, Node], s_noise: float = 1.0
+) -> Linear:
+    """Carry ``x`` at a cleaner node ``low`` to ``t`` by adding noise.
 
-    ``key`` is the interval the noise belongs to.
+    ``(a_t / a_l) x + s_noise sqrt(s_t^2 - (a_t / a_l)^2 s_l^2) z``, a and s for alpha and sigma; ``key`` is the
+    interval the noise belongs to.
     """
     ratio = t.alpha / low.alpha
     variance = t.sigma**2 - (ratio * low.sigma) ** 2
@@ -87,7 +93,9 @@ def churn(
     s_noise: float,
 ) -> tuple[Linear, Node]:
     """EDM's stochasticity: raise sigma / alpha by ``1 + min(amount / steps, sqrt(2) - 1)`` within [s_min, s_max]."""
-    gamma = min(amount / (grid.skipped + grid.steps), math.sqrt(2.0) - 1.0) if s_min <= s.ratio <= s_max else 0.0
+    gamma = (
+        min(amount / (grid.skipped + grid.steps), math.sqrt(2.0) - 1.0) if s_min <= s.ratio <= s_max else 0.0
+    )
     if gamma == 0.0:
         return x, s
     high = grid.at_ratio(s.ratio * (1.0 + gamma))

@@ -68,7 +68,7 @@ def unipc(
         raise ValueError(f"option 'order' of solver 'unipc' must be at least 1, got {order}")
     x, m = trace.evaluate(x, grid[0])
     history: list[tuple[Node, Evaluation]] = [(grid[0], m)]
-    for i, (s, t) in enumerate(grid.intervals()):
+    for i, t in enumerate(list(grid)[1:]):
         p = min(order, len(history), grid.steps - i if lower_order_final else order)
         predicted = _step(x, history[:p], None, t, variant, form)
         if i == grid.steps - 1:
@@ -81,7 +81,12 @@ def unipc(
 
 
 def _step(
-    x: Linear, history: list[tuple[Node, Evaluation]], new: Evaluation | None, t: Node, variant: Variant, form: Form
+    x: Linear,
+    history: list[tuple[Node, Evaluation]],
+    new: Evaluation | None,
+    t: Node,
+    variant: Variant,
+    form: Form,
 ) -> Linear:
     """Predictor (``new`` is None) or corrector step from the newest node of the history to ``t``."""
     s, m = history[0]

@@ -53,7 +53,9 @@ class TimeGrid:
         if self.t.ndim != 1 or len(self.t) < 2:
             raise ValueError(f"a grid needs at least two nodes (one step), got {self.t.size}")
         if not all(np.all(np.isfinite(a)) for a in (self.t, self.alpha, self.sigma)):
-            raise ValueError("a grid's nodes must be finite numbers; noise without signal is alpha = 0, not an infinite t")
+            raise ValueError(
+                "a grid's nodes must be finite numbers; noise without signal is alpha = 0, not an infinite t"
+            )
         for name in ("t", "alpha", "sigma"):  # our own copies, which nobody can change behind a cache
             array = np.array(getattr(self, name), dtype=np.float64)
             array.flags.writeable = False
@@ -76,7 +78,9 @@ class TimeGrid:
         return cls(noise_schedule.time(k), *noise_schedule.alpha_sigma_at(k), noise_schedule)
 
     @classmethod
-    def from_times(cls, noise_schedule: NoiseSchedule, times: ArrayLike, *, final_zero: bool = False) -> TimeGrid:
+    def from_times(
+        cls, noise_schedule: NoiseSchedule, times: ArrayLike, *, final_zero: bool = False
+    ) -> TimeGrid:
         """Nodes at decreasing times; with ``final_zero`` a node without noise is appended."""
         t = np.asarray(times, dtype=np.float64)
         levels = noise_schedule.level(t)
@@ -139,4 +143,10 @@ class TimeGrid:
     @cached_property
     def key(self) -> tuple:
         """Identity by value, for caches."""
-        return (self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes(), self.noise_schedule.key, self.skipped)
+        return (
+            self.t.tobytes(),
+            self.alpha.tobytes(),
+            self.sigma.tobytes(),
+            self.noise_schedule.key,
+            self.skipped,
+        )

@@ -33,7 +33,8 @@ def _array(value: ArrayLike) -> Array:
 class NoiseSchedule:
     """Map between times, noise levels and ``(alpha, sigma)``; subclasses give ``level`` and ``time``.
 
-    ``frame`` is ``"vp"`` (alpha^2 + sigma^2 = 1), ``"edm"`` (alpha = 1) or ``"flow"`` (alpha + sigma = 1). All methods take and return float64 arrays of any shape.
+    ``frame`` is ``"vp"`` (alpha^2 + sigma^2 = 1), ``"edm"`` (alpha = 1) or ``"flow"`` (alpha + sigma = 1). All methods
+    take and return float64 arrays of any shape.
     """
 
     @property
@@ -137,14 +138,24 @@ class VP(_Indexed):
 
     @classmethod
     def linear(
-        cls, beta_start: float = 1e-4, beta_end: float = 0.02, n: int = 1000, *, zero_terminal_snr: bool = False
+        cls,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        n: int = 1000,
+        *,
+        zero_terminal_snr: bool = False,
     ) -> VP:
         """Betas linear in the index (DDPM)."""
         return cls(tuple(np.linspace(beta_start, beta_end, n).tolist()), zero_terminal_snr)
 
     @classmethod
     def scaled_linear(
-        cls, beta_start: float = 8.5e-4, beta_end: float = 0.012, n: int = 1000, *, zero_terminal_snr: bool = False
+        cls,
+        beta_start: float = 8.5e-4,
+        beta_end: float = 0.012,
+        n: int = 1000,
+        *,
+        zero_terminal_snr: bool = False,
     ) -> VP:
         """sqrt(beta) linear in the index (latent diffusion, Stable Diffusion)."""
         return cls(tuple((np.linspace(beta_start**0.5, beta_end**0.5, n) ** 2).tolist()), zero_terminal_snr)
@@ -163,7 +174,7 @@ class VP(_Indexed):
     @cached_property
     def alphas_cumprod(self) -> Array:
         """alpha^2 at every training index, shape (n,)."""
-        acp = np.cumprod(1.0 - _array(self.betas))
+        acp = _array(np.cumprod(1.0 - _array(self.betas)))
         if not self.zero_terminal_snr:
             return acp
         root = np.sqrt(acp)
@@ -223,7 +234,9 @@ class EDM(NoiseSchedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"0 < sigma_min < sigma_max is needed, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                f"0 < sigma_min < sigma_max is needed, got {self.sigma_min} and {self.sigma_max}"
+            )
 
     @property
     def frame(self) -> Frame:
@@ -231,7 +244,7 @@ class EDM(NoiseSchedule):
 
     @cached_property
     def train_levels(self) -> Array:
-        return np.geomspace(self.sigma_min, self.sigma_max, 1000)
+        return _array(np.geomspace(self.sigma_min, self.sigma_max, 1000))
 
     def level(self, t: ArrayLike) -> Array:
         return _array(t)
@@ -303,7 +316,9 @@ class Table(_Indexed):
     def __post_init__(self) -> None:
         t, k = _array(self.times), _array(self.levels)
         if t.shape != k.shape or t.ndim != 1 or len(t) < 2:
-            raise ValueError(f"times and levels must be two lists of the same length >= 2, got {t.shape} and {k.shape}")
+            raise ValueError(
+                f"times and levels must be two lists of the same length >= 2, got {t.shape} and {k.shape}"
+            )
         if np.any(np.diff(t) <= 0) or np.any(np.diff(k) <= 0) or k[0] <= 0:
             raise ValueError("times and levels must be strictly ascending and levels positive")
         if self.state not in ("vp", "edm", "flow"):
@@ -318,7 +333,9 @@ class Table(_Indexed):
         return _array(self.levels)
 
     def level(self, t: ArrayLike) -> Array:
-        return self._interpolate(np.interp(_array(t), self.times, np.arange(len(self.times), dtype=np.float64)))
+        return self._interpolate(
+            np.interp(_array(t), self.times, np.arange(len(self.times), dtype=np.float64))
+        )
 
     def time(self, level: ArrayLike) -> Array:
         return np.interp(self._invert(level), np.arange(len(self.times), dtype=np.float64), self.times)

@@ -38,7 +38,9 @@ def conversion(source: Prediction, target: Prediction, node: Node) -> tuple[floa
             "(zero terminal SNR); use a v or denoised prediction, or start at a node with some signal"
         )
     if source == "denoised" and s == 0.0:
-        raise ValueError(f"a denoised prediction says nothing about the noise at t = {node.t:g}, where sigma = 0")
+        raise ValueError(
+            f"a denoised prediction says nothing about the noise at t = {node.t:g}, where sigma = 0"
+        )
     q = a * a + s * s
     match source, target:
         case "epsilon", "denoised":

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import align_your_steps
 from .grid import TimeGrid
@@ -91,7 +92,9 @@ def make_grid(
         try:
             grid = TimeGrid.from_levels(noise_schedule, np.append(levels, 0.0) if final_zero else levels)
         except ValueError as error:
-            raise ValueError(f"schedule {render(found.name, options)!r} with {steps} steps: {error}") from None
+            raise ValueError(
+                f"schedule {render(found.name, options)!r} with {steps} steps: {error}"
+            ) from None
         while len(_GRIDS) >= 256:
             _GRIDS.pop(next(iter(_GRIDS)), None)
         _GRIDS[key] = grid
@@ -102,11 +105,11 @@ _GRIDS: dict[tuple, TimeGrid] = {}
 """Grids are immutable; a host asks for the same ones again and again."""
 
 
-def at_index(noise_schedule: NoiseSchedule, index: Array) -> Array:
+def at_index(noise_schedule: NoiseSchedule, index: ArrayLike) -> Array:
     """Levels at fractional training indices."""
     if noise_schedule.frame == "flow":  # linear in the unshifted sigma, not in the logarithm
         n = len(noise_schedule.train_levels)
-        return np.asarray(noise_schedule.shifted((index + 1.0) / n))  # type: ignore[attr-defined]
+        return np.asarray(noise_schedule.shifted((np.asarray(index) + 1.0) / n))  # type: ignore[attr-defined]
     if isinstance(noise_schedule, VP):
         return noise_schedule.level(index)
     levels = noise_schedule.train_levels
@@ -118,7 +121,9 @@ def _rounded(noise_schedule: NoiseSchedule, index: Array) -> Array:
     return np.round(index) if isinstance(noise_schedule, VP) else index
 
 
-def _range(noise_schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+def _range(
+    noise_schedule: NoiseSchedule, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
     low = noise_schedule.level_min if sigma_min is None else sigma_min
     high = noise_schedule.level_max if sigma_max is None else sigma_max
     if math.isinf(high):  # no signal at all at the start: the noisiest level that has some
@@ -138,18 +143,21 @@ def linspace(noise_schedule: NoiseSchedule, steps: int) -> Array:
 @spacing("normal")
 def normal(noise_schedule: NoiseSchedule, steps: int) -> Array:
     """Uniform in the index from T - 1 down to 0, both included (ComfyUI; Euler's linspace in diffusers)."""
-    return at_index(noise_schedule, np.linspace(*_ends(noise_schedule), steps))
+    first, last = _ends(noise_schedule)
+    return at_index(noise_schedule, np.linspace(first, last, steps))
 
 
 @spacing("sgm_uniform")
 def sgm_uniform(noise_schedule: NoiseSchedule, steps: int) -> Array:
     """As ``normal`` with one more step, the last left out: the end is not visited twice (ComfyUI)."""
-    return at_index(noise_schedule, np.linspace(*_ends(noise_schedule), steps + 1)[:-1])
+    first, last = _ends(noise_schedule)
+    return at_index(noise_schedule, np.linspace(first, last, steps + 1)[:-1])
 
 
 def _ends(noise_schedule: NoiseSchedule) -> tuple[float, float]:
     """First and last index of ``normal``. On flow models the last one is T times a level that is shifted already, so
-    that it is shifted twice: kept, because these names mean what ComfyUI computes."""
+    that it is shifted twice: kept, because these names mean what ComfyUI computes.
+    """
     n = len(noise_schedule.train_levels)
     return n - 1.0, n * noise_schedule.level_min - 1.0 if noise_schedule.frame == "flow" else 0.0
 
@@ -195,7 +203,11 @@ def karras(
 
 @spacing("exponential")
 def exponential(
-    noise_schedule: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+    noise_schedule: NoiseSchedule,
+    steps: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
 ) -> Array:
     """Uniform in the logarithm of the level between sigma_max and sigma_min."""
     low, high = _range(noise_schedule, sigma_min, sigma_max)
@@ -245,7 +257,11 @@ def arctan(
 
 @spacing("log_snr", aliases=("lu_lambdas", "logsnr"), reference="https://arxiv.org/abs/2206.00927")
 def log_snr(
-    noise_schedule: NoiseSchedule, steps: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+    noise_schedule: NoiseSchedule,
+    steps: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
 ) -> Array:
     """Uniform in lambda = log(alpha / sigma), the variable of DPM-Solver; for VP and EDM the same as exponential."""
     low, high = _range(noise_schedule, sigma_min, sigma_max)
@@ -292,7 +308,10 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
     """Regularised incomplete beta function I_x(a, b) by its continued fraction (Lentz's algorithm)."""
     if x > (a + 1) / (a + b + 2):
         return 1.0 - _beta_cdf(1.0 - x, b, a)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+        / a
+    )
     c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0))
     fraction = d
     for m in range(1, 300):

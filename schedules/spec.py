@@ -109,7 +109,9 @@ def _describe(annotation: Any) -> str:
         return " or ".join("none" if a is type(None) else _describe(a) for a in args)
     if origin is tuple:
         return f"{_describe(args[0])}s separated by '/'"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(annotation, str(annotation))
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(
+        annotation, str(annotation)
+    )
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -131,7 +133,9 @@ def _convert(annotation: Any, value: Any) -> Any:
         raise ValueError
     if origin is tuple:
         items = filter(None, value.split("/")) if isinstance(value, str) else value
-        return tuple(_convert(args[0], item) for item in ([items] if isinstance(items, (int, float)) else items))
+        return tuple(
+            _convert(args[0], item) for item in ([items] if isinstance(items, (int, float)) else items)
+        )
     if annotation is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() not in words:
@@ -139,7 +143,9 @@ def _convert(annotation: Any, value: Any) -> Any:
         return words[str(value).lower()]
     if annotation in (int, float):
         number = annotation(value)
-        if isinstance(value, bool) or number != (value if not isinstance(value, str) else number):  # 2.5 for an int, nan
+        if isinstance(value, bool) or number != (
+            value if not isinstance(value, str) else number
+        ):  # 2.5 for an int, nan
             raise ValueError
         return number
     return str(value)

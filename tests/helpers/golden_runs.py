@@ -7,6 +7,7 @@ Nothing here names a case; everything is read from a case's arrays and parameter
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,25 @@ class Run:
     solver: str
     grid: TimeGrid
     options: dict[str, Any] = field(default_factory=dict)
-    prediction: str = "denoised"
+    prediction: Any = "denoised"
     expected: str = "x_final"
     denoise: bool = False
     noise_by_step: bool = False
 
 
 class DpmSolverTimes(NoiseSchedule):
-    """The discrete time map of DPM-Solver's repository: log alpha linear in t between knots t = (i + 1) / n, and beyond."""
+    """The discrete time map of DPM-Solver's repository: log alpha linear in t between (and beyond) t = (i + 1) / n."""
 
     def __init__(self, betas: np.ndarray) -> None:
         self.knots = np.arange(1, len(betas) + 1) / len(betas)
         self.log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
 
-    train_levels = property(lambda self: np.sqrt(np.expm1(-2 * self.log_alpha)))
+    @cached_property
+    def train_levels(self):
+        return np.sqrt(np.expm1(-2 * self.log_alpha))
 
     def level(self, t):
+        t = np.asarray(t)
         i = np.clip(np.searchsorted(self.knots, t) - 1, 0, len(self.knots) - 2)
         slope = (self.log_alpha[i + 1] - self.log_alpha[i]) / (self.knots[i + 1] - self.knots[i])
         return np.sqrt(np.expm1(-2 * (self.log_alpha[i] + slope * (t - self.knots[i]))))
@@ -56,10 +60,19 @@ def find(case: Case) -> Run | None:
     )(case)
 
 
+def repeat(case: Case) -> Run:
+    """As ``find``, for a case that is known to have one."""
+    run = find(case)
+    assert run is not None
+    return run
+
+
 def execute(case: Case, run: Run) -> np.ndarray:
     """The final state of a run on the case's mixture, start state and noise; checks the number of evaluations too."""
     program = fs.compile(run.solver, run.grid, prediction=run.prediction, **run.options)
-    stepper = Stepper(program, torch.from_numpy(case["x_init"]), _Recorded(case, run) if program.stochastic else None)
+    stepper = Stepper(
+        program, torch.from_numpy(case["x_init"]), _Recorded(case, run) if program.stochastic else None
+    )
     model = getattr(case.mixture, run.prediction)
     while not stepper.done:
         node = stepper.node
@@ -94,7 +107,7 @@ def _skip_grid(meta: Any) -> TimeGrid:
     schedule, n = _vp(meta), meta["n"]
     if meta["skip_type"] == "logSNR":
         ends = schedule.level(np.array([meta["t_start"], meta["t_end"]]))
-        return TimeGrid.from_levels(schedule, np.exp(np.linspace(*np.log(ends), n + 1)))
+        return TimeGrid.from_levels(schedule, np.geomspace(ends[0], ends[1], n + 1))
     power = {"time_uniform": 1, "time_quadratic": 2}[meta["skip_type"]]
     times = np.linspace(meta["t_start"] ** (1 / power), meta["t_end"] ** (1 / power), n + 1) ** power
     return TimeGrid.from_times(schedule, times)
@@ -109,7 +122,9 @@ def _dpm(case: Case) -> Run | None:
         "solver_type": {"dpmsolver": "midpoint", "taylor": "heun"}[meta["solver_type"]],
         "lower_order_final": meta["lower_order_final"] and meta["n"] < 10,
     }
-    return Run(f"dpmpp_{meta['order']}m", _skip_grid(meta), options, "epsilon", denoise=meta["denoise_to_zero"])
+    return Run(
+        f"dpmpp_{meta['order']}m", _skip_grid(meta), options, "epsilon", denoise=meta["denoise_to_zero"]
+    )
 
 
 def _unipc(case: Case) -> Run:
@@ -143,7 +158,7 @@ def _kd(case: Case) -> Run | None:
     if solver is None:
         return None
     names = {"s_churn": "churn", "s_tmin": "s_min", "s_tmax": "s_max"}
-    options = {names.get(key, key): value for key, value in kwargs.items()}
+    options: dict[str, Any] = {names.get(key) or key: value for key, value in kwargs.items()}
     if solver == "deis":
         options["variable"] = "rho"
     return Run(solver, TimeGrid.from_levels(EDM(), case["sigmas"]), options, noise_by_step="churn" in options)
@@ -152,7 +167,9 @@ def _kd(case: Case) -> Run | None:
 def _cf(case: Case) -> Run | None:
     if case.meta["fn"] != "sample_euler_ancestral_RF":
         return None
-    return Run("euler_ancestral", TimeGrid.from_levels(Flow(), case["sigmas"]), dict(case.meta["kwargs"]), "flow")
+    return Run(
+        "euler_ancestral", TimeGrid.from_levels(Flow(), case["sigmas"]), dict(case.meta["kwargs"]), "flow"
+    )
 
 
 def _zju(case: Case) -> Run | None:

@@ -20,8 +20,8 @@ from fewstep.schedules import EDM, Flow, NoiseSchedule, TimeGrid, VPContinuous
 
 SCHEDULES: dict[str, NoiseSchedule] = {"vp": VPContinuous(), "edm": EDM(), "flow": Flow()}
 SPAN = (1.0, 0.1)
-"""sigma / alpha at both ends of the order measurements: where the mixture decides between its modes, from the first step
-on, so that the start-up of a multistep method weighs as much as it ever does."""
+"""sigma / alpha at both ends of the order measurements: where the mixture decides between its modes, from the first
+step on, so that the start-up of a multistep method weighs as much as it ever does."""
 
 Factory = Callable[[TimeGrid], Program]
 
@@ -61,7 +61,7 @@ def mixture() -> Mixture:
 def start_and_truth() -> tuple[np.ndarray, np.ndarray]:
     """Start states and converged solutions of the ODE at the ends of SPAN in the frame x / alpha: RK4, 2000 steps."""
     y = SPAN[0] * np.random.default_rng(0).standard_normal((24, 2))
-    start, logs = y.copy(), np.linspace(*np.log(SPAN), 2001)
+    start, logs = y.copy(), np.log(np.geomspace(SPAN[0], SPAN[1], 2001))
 
     def derivative(y: np.ndarray, log_ratio: float) -> np.ndarray:
         k = np.exp(log_ratio)
@@ -131,7 +131,7 @@ def plant_inconsistent(program: Program) -> Program:
 
 
 def plant_lower_order(program: Program) -> Program:
-    """In every step ten per cent of the newest prediction's weight moved to an older one: still exact on a point mass."""
+    """Ten per cent of the newest prediction's weight moved to an older one in every step: exact on a point mass."""
     order = {op.dst: i for i, op in enumerate(o for o in program.ops if isinstance(o, Evaluate))}
     ops = []
     for op in program.ops:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,13 @@ import fewstep as fs
 from fewstep.schedules import EDM, VP, Flow, VPContinuous, make_grid
 
 
-def gaussian(schedule, prediction="denoised", variance=0.25, **kwargs) -> fs.Denoiser:
+def gaussian(schedule, prediction: Any = "denoised", variance=0.25, **kwargs) -> fs.Denoiser:
     """The exact denoiser of N(0, variance): everything about it is known in closed form."""
 
     def network(x, t):
         a, s = (
-            torch.from_numpy(np.asarray(c)).to(x.dtype)[:, None] for c in schedule.alpha_sigma(t.double().numpy())
+            torch.from_numpy(np.asarray(c)).to(x.dtype)[:, None]
+            for c in schedule.alpha_sigma(t.double().numpy())
         )
         d = a * variance * x / (a**2 * variance + s**2)
         if prediction == "denoised":
@@ -47,7 +50,11 @@ def test_reaches_the_exact_solution_of_a_gaussian(schedule, prediction, solver):
     if schedule.level_max == float("inf"):
         levels = make_grid(schedule, 120, "trailing").level[:-1]  # starts where there is no signal at all
     else:
-        levels = np.geomspace(schedule.level_max, 0.02, 120) if schedule.frame != "flow" else np.linspace(1, 0.02, 120)
+        levels = (
+            np.geomspace(schedule.level_max, 0.02, 120)
+            if schedule.frame != "flow"
+            else np.linspace(1, 0.02, 120)
+        )
     (a, b), (s, r) = schedule.alpha_sigma_at(np.array([levels[0], levels[-1]]))
     x = s * torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     # the flow of the ODE scales a Gaussian by the ratio of its standard deviations
@@ -116,7 +123,11 @@ CALLS = {
     "steps 0": ({"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
     "steps text": ({"steps": "8"}, ValueError, "got '8'"),
     "schedule": ({"schedule": "karas"}, ValueError, "did you mean 'karras'"),
-    "rising": ({"sigmas": [1.0, 2.0, 0.0]}, ValueError, "strictly decreasing: sigma/alpha goes from 1 to 2 at step 0"),
+    "rising": (
+        {"sigmas": [1.0, 2.0, 0.0]},
+        ValueError,
+        "strictly decreasing: sigma/alpha goes from 1 to 2 at step 0",
+    ),
     "one sigma": ({"sigmas": [1.0]}, ValueError, "at least two nodes"),
     "negative": ({"sigmas": [1.0, -0.1]}, ValueError, "numbers >= 0"),
     "nan": ({"sigmas": [float("nan"), 0.0]}, ValueError, "numbers >= 0"),

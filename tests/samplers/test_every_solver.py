@@ -29,7 +29,11 @@ def full_grid(schedule: str, steps: int) -> TimeGrid:
 @pytest.mark.parametrize("spec", VARIANTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_is_exact_on_a_point_mass(spec, schedule):
-    for grid in (checks.ratio_grid(checks.SCHEDULES[schedule], 7), full_grid(schedule, 6), full_grid(schedule, 1)):
+    for grid in (
+        checks.ratio_grid(checks.SCHEDULES[schedule], 7),
+        full_grid(schedule, 6),
+        full_grid(schedule, 1),
+    ):
         assert checks.exactness_error(fs.compile(spec, grid), grid) < 4e-12 * grid[0].sigma
 
 
@@ -68,7 +72,9 @@ def test_spends_the_evaluations_it_declares(spec, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_prediction_gives_the_same_sample(spec, schedule):
     grid = checks.ratio_grid(checks.SCHEDULES[schedule], 6)
-    results = [checks.solve(fs.compile(spec, grid, prediction=p), grid) for p in ("denoised", "epsilon", "v", "flow")]
+    results = [
+        checks.solve(fs.compile(spec, grid, prediction=p), grid) for p in ("denoised", "epsilon", "v", "flow")
+    ]
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=1e-9)
 
@@ -82,7 +88,9 @@ def tensors(schedule: str, dtype=torch.float32) -> tuple[fs.Denoiser, torch.Tens
         return torch.tanh(x.to(dtype) @ weight + t[:, None].to(dtype) / 1000)
 
     noise_schedule = checks.SCHEDULES[schedule]
-    x = torch.randn(3, 6, generator=generator) * float(noise_schedule.alpha_sigma_at(noise_schedule.level_max)[1])
+    x = torch.randn(3, 6, generator=generator) * float(
+        noise_schedule.alpha_sigma_at(noise_schedule.level_max)[1]
+    )
     return fs.Denoiser(network, noise_schedule, "flow" if schedule == "flow" else "epsilon"), x
 
 
@@ -125,7 +133,8 @@ def test_a_one_step_method_continues_itself(spec):
     levels = make_grid(denoiser.noise_schedule, 8).level
     middle = fs.sample(denoiser, x, spec, sigmas=levels[:5], seed=0)
     assert torch.equal(
-        fs.sample(denoiser, middle, spec, sigmas=levels[4:], seed=0), fs.sample(denoiser, x, spec, sigmas=levels, seed=0)
+        fs.sample(denoiser, middle, spec, sigmas=levels[4:], seed=0),
+        fs.sample(denoiser, x, spec, sigmas=levels, seed=0),
     )
 
 

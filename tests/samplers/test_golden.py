@@ -15,13 +15,13 @@ RUNS = [
 
 
 def test_there_are_golden_files_for_every_family(golden):
-    solvers = {golden_runs.find(golden.case(name)).solver for name in RUNS}
+    solvers = {golden_runs.repeat(golden.case(name)).solver for name in RUNS}
     assert solvers >= {"euler", "ddim", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_reproduces_the_original(golden, name):
     case = golden.case(name)
-    run = golden_runs.find(case)
+    run = golden_runs.repeat(case)
     error = np.abs(golden_runs.execute(case, run) - case[run.expected]).max()
     assert error <= case.tol, f"{name}: {error:.3e} > {case.tol:g}"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import sys
 import types
 from pathlib import Path
@@ -87,7 +86,9 @@ def test_compile_is_cached_by_value():
 def test_steps_for_a_budget():
     assert steps_for("unipc", 6, grid) == 6
     assert steps_for("heun", 9, grid) == 5
-    with pytest.raises(ValueError, match="'heun' cannot spend exactly 6 evaluations; nearest budgets: 5 and 7"):
+    with pytest.raises(
+        ValueError, match="'heun' cannot spend exactly 6 evaluations; nearest budgets: 5 and 7"
+    ):
         steps_for("heun", 6, grid)
     with pytest.raises(ValueError, match="integer >= 1, got 0"):
         steps_for("heun", 0, grid)
@@ -101,7 +102,7 @@ def documented_solver(monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "adding-a-solver.md").read_text(encoding="utf-8")
     module = types.ModuleType("outside_solvers")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    source = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    source = text.split("```python\n")[1].split("```")[0]
     exec(compile(source, "docs/adding-a-solver.md", "exec"), module.__dict__)
     yield "two_stage"
     monkeypatch.delitem(registry._SOLVERS, "two_stage")
@@ -127,7 +128,9 @@ def test_solvers_of_other_packages_are_loaded_from_their_entry_points(monkeypatc
         def load(self) -> None:
             loaded.append(registry.ENTRY_POINTS)
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "fewstep.solvers" else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [Point()] if group == "fewstep.solvers" else []
+    )
     registry._load_entry_points.cache_clear()
     fs.solvers()
     fs.solvers()

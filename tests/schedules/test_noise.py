@@ -45,7 +45,9 @@ def test_alphas_cumprod_are_those_of_diffusers(golden, name):
         "sd15_zsnr": VP.scaled_linear(zero_terminal_snr=True),
     }[name].alphas_cumprod
     # fp32 products of a thousand factors there, fp64 here
-    np.testing.assert_allclose(ours, golden.case("schedules_diffusers_core")[f"acp__{name}"], rtol=3e-4, atol=2e-7)
+    np.testing.assert_allclose(
+        ours, golden.case("schedules_diffusers_core")[f"acp__{name}"], rtol=3e-4, atol=2e-7
+    )
 
 
 def test_zero_terminal_snr_has_no_signal_at_the_end_and_is_continuous():

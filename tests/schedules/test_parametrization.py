@@ -61,7 +61,10 @@ def test_reads_shifts_and_zero_snr():
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"beta_schedule": "linaer"}, "did you mean 'linear'"), ({"prediction_type": "epsilom"}, "did you mean 'epsilon'")],
+    [
+        ({"beta_schedule": "linaer"}, "did you mean 'linear'"),
+        ({"prediction_type": "epsilom"}, "did you mean 'epsilon'"),
+    ],
 )
 def test_names_what_a_config_may_say(config, words):
     with pytest.raises(ValueError, match=words):

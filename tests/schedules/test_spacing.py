@@ -30,10 +30,19 @@ def test_matches_comfyui(key):
 
 def _spec(cls: str, config: dict) -> str | None:
     """The spacing that a diffusers config means."""
-    for flag, name in (("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential"), ("use_lu_lambdas", "log_snr")):
+    for flag, name in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "exponential"),
+        ("use_lu_lambdas", "log_snr"),
+    ):
         if config.get(flag):
             return name
-    if config.get("use_beta_sigmas") or "sigma_data" in config or cls not in KNOWN or config.get("rescale_betas_zero_snr"):
+    if (
+        config.get("use_beta_sigmas")
+        or "sigma_data" in config
+        or cls not in KNOWN
+        or config.get("rescale_betas_zero_snr")
+    ):
         return None
     multistep = cls in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
     if config.get("use_flow_sigmas") or "lambda_min_clipped" in config:
@@ -71,6 +80,7 @@ def test_matches_diffusers(family, key):
     if entry["config"].get("final_sigmas_type") == "sigma_min":
         expected = np.append(expected[:-1], 0.0)
     spec = _spec(entry["cls"], entry["config"])
+    assert spec is not None
     grid = make_grid(noise_schedule, int(steps[1:]), spec)
     # Their tables are fp32 products and the interpolation between indices is linear in sigma there.
     np.testing.assert_allclose(grid.level, expected, rtol=2e-4, atol=1e-9)
@@ -107,7 +117,11 @@ def test_options():
 
 
 def test_published_tables_at_ten_steps(golden):
-    for model, key in (("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL"), ("svd", "StableDiffusionVideo")):
+    for model, key in (
+        ("sd15", "StableDiffusion"),
+        ("sdxl", "StableDiffusionXL"),
+        ("svd", "StableDiffusionVideo"),
+    ):
         published = golden.case("schedules_diffusers_core")[f"ays__{key}Sigmas"]
         grid = make_grid(EDM(0.002, 700.0), 10, f"ays:model={model}")
         np.testing.assert_allclose(grid.level, published, rtol=1e-6)
