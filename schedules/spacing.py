@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from . import align_your_steps
 from .grid import TimeGrid
-from .noise import VP, Array, NoiseSchedule
+from .noise import VP, Array, Flow, NoiseSchedule
 from .spec import Option, bind, options_of, render, split, suggestion
 
 
@@ -107,13 +107,12 @@ _GRIDS: dict[tuple, TimeGrid] = {}
 
 def at_index(noise_schedule: NoiseSchedule, index: ArrayLike) -> Array:
     """Levels at fractional training indices."""
-    if noise_schedule.frame == "flow":  # linear in the unshifted sigma, not in the logarithm
-        n = len(noise_schedule.train_levels)
-        return np.asarray(noise_schedule.shifted((np.asarray(index) + 1.0) / n))  # type: ignore[attr-defined]
+    i, levels = np.asarray(index, dtype=np.float64), noise_schedule.train_levels
+    if isinstance(noise_schedule, Flow):  # linear in the unshifted sigma, not in the logarithm
+        return noise_schedule.shifted((i + 1.0) / len(levels))
     if isinstance(noise_schedule, VP):
-        return noise_schedule.level(index)
-    levels = noise_schedule.train_levels
-    return np.exp(np.interp(index, np.arange(len(levels)), np.log(levels)))
+        return noise_schedule.level(i)
+    return np.exp(np.interp(i, np.arange(len(levels)), np.log(levels)))
 
 
 def _rounded(noise_schedule: NoiseSchedule, index: Array) -> Array:
