@@ -28,14 +28,18 @@ help:
 # $(call python_in,ENVIRONMENT)
 python_in = $(1)/bin/python
 
+# $(call pip_in,ENVIRONMENT): -qq keeps pip's errors. --no-compile leaves bytecode to the first import: most modules of the
+# large packages are never imported, and compiling all of them takes longer than everything else.
+pip_in = $(call python_in,$(1)) -m pip install -qq --no-compile --disable-pip-version-check
+
 # $(call make_environment,ENVIRONMENT,EXTRAS): a new environment with torch first, at the version of the constraint file,
 # because a bare `torch` asked for by another package takes the newest build there is.
 define make_environment
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else "fewstep needs Python 3.10 or newer, $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v[:2])'
 	@echo "Setting up $(1): once, a few minutes, silent while PyTorch is downloaded"
 	$(PYTHON) -m venv --clear $(1)
-	$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch numpy setuptools
-	$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) ".[$(2)]"
+	$(call pip_in,$(1)) -c constraints.txt $(PIP_ARGS) torch numpy setuptools
+	$(call pip_in,$(1)) -c constraints.txt $(PIP_ARGS) ".[$(2)]"
 	@pwd > $(1)/.installed
 endef
 
@@ -43,7 +47,7 @@ endef
 # would pack files from it that the tree no longer has.
 define install_package
 	@rm -rf build
-	@$(call python_in,$(1)) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
+	@$(call pip_in,$(1)) --no-deps --no-build-isolation --force-reinstall .
 	@rm -rf build fewstep.egg-info
 endef
 

@@ -117,7 +117,7 @@ def evaluate(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", "-n", help="Samples a cell. Default: 1000 exact, 300 network.")
+        int | None, typer.Option("--samples", "-n", help="Samples a cell. Default: 1000 for digits-exact, 200 for digits-unet.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i starts from the noise of seed + i.")] = 0,
     out: Annotated[
@@ -208,7 +208,7 @@ def report(
         return
     console = Console(highlight=False)
     for panel in result["panels"]:
-        console.print(result_tables(panel))
+        console.print(result_tables(panel, console.width))
     console.print(f"[bold]report[/bold]  {store.report.resolve().as_uri()}", soft_wrap=True)
 
 

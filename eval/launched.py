@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from .processes import POLL, Done
+from .processes import Done
 from .store import Store
 from .sweep import Plan
 from .work import pending, work
@@ -47,7 +47,7 @@ class Group:
         own = work(plan, store, self.rank, self.world, self.device(plan.config.device))
         while todo:
             if next(own, None) is None:
-                time.sleep(POLL)
+                time.sleep(1.0)
             left: list[Done] = []
             for item in todo:
                 _, job, chunk = item

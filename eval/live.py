@@ -62,7 +62,7 @@ def show(plan: Plan, store: Store, console: Console, source: Iterator[Done | Non
     """Draw from ``source`` (which does the work) to its end, showing the table as it fills."""
     board = _Board(plan, store)
     for panel in board.finished():
-        console.print(result_tables(panel))
+        console.print(result_tables(panel, console.width))
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=28, complete_style="cyan", finished_style="cyan"),
@@ -109,7 +109,7 @@ def show(plan: Plan, store: Store, console: Console, source: Iterator[Done | Non
             if cell is not None and live is None:
                 console.print(_line(panel, cell), soft_wrap=True)
             for finished in board.finished():
-                console.print(result_tables(finished))
+                console.print(result_tables(finished, console.width))
             if live:
                 live.update(view())
 

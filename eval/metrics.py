@@ -231,10 +231,10 @@ def frechet_interval(
 ) -> tuple[Estimate, Estimate | None]:
     """Fréchet distance of features to a reference, with an interval; and its excess over a floor.
 
-    The interval is that of the delete-a-group jackknife: leave out every ``groups``-th sample in turn, s^2 = (g-1)/g
-    sum (f_(j) - mean f_(.))^2, value +- t_(g-1) s. The usual bootstrap is not used, because a resample repeats samples
-    and its covariance is that of a smaller set: the distance is biased upwards by as much again as its floor, and the
-    percentile interval does not even contain the value.
+    The interval is that of the delete-a-group jackknife: leave out one of ``groups`` runs of neighbours in
+    turn, s^2 = (g-1)/g sum (f_(j) - mean f_(.))^2, value +- t_(g-1) s. The usual bootstrap is not used, because
+    a resample repeats samples and its covariance is that of a smaller set: the distance is biased upwards by as
+    much again as its floor, and the percentile interval does not even contain the value.
 
     Args:
         features: (n, d) features of the samples.
@@ -274,8 +274,7 @@ def _jackknife(f: Array, reference: Moments, root: Array, groups: int) -> tuple[
     centred = f - whole.mean
     square = whole.covariance * (n - 1)
     parts = np.empty(groups)
-    for j in range(groups):
-        group = centred[j::groups]
+    for j, group in enumerate(np.array_split(centred, groups)):
         left = n - len(group)
         shift = -group.sum(axis=0) / left  # mean of the rows left, relative to the mean of all
         covariance = (square - group.T @ group - left * np.outer(shift, shift)) / (left - 1)

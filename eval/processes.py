@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import torch
 
 from .store import Chunk, Store
 from .sweep import Panel, Plan
-from .work import Job, pending, work
+from .work import Job, pending, say, work
 
 Done = tuple[Panel, Job, Chunk]
-POLL = 0.1
-"""Seconds between two looks at the folder."""
+POLL = 0.2
+"""Seconds to wait for the next chunk before the clock is updated."""
 
 
 class WorkerFailed(RuntimeError):
@@ -53,83 +54,91 @@ def run(plan: Plan, store: Store, processes: int) -> Iterator[Done | None]:
         finally:
             torch.set_num_threads(before)
         return
-    workers = [_start(plan, store, rank, processes) for rank in range(processes)]
+    said: queue.Queue[str | None] = queue.Queue()
+    workers = [Worker(plan, store, rank, processes, said) for rank in range(processes)]
     try:
-        yield from _watch(todo, store, workers)
+        yield from _listen(
+            {say(job, chunk): (panel, job, chunk) for panel, job, chunk in todo}, said, workers
+        )
     finally:
-        for worker, _ in workers:
-            worker.terminate()
-        for worker, log in workers:
-            worker.wait()
-            if log.exists() and log.stat().st_size == 0:
-                log.unlink()
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.end()
 
 
-def _start(plan: Plan, store: Store, rank: int, world: int) -> tuple[subprocess.Popen[bytes], Path]:
-    log = store.folder / f"worker-{rank}.log"
+class Worker:
+    """A worker process: says on its standard output which chunk is done, and writes its errors to a log."""
+
+    def __init__(
+        self, plan: Plan, store: Store, rank: int, world: int, said: queue.Queue[str | None]
+    ) -> None:
+        self.log = store.folder / f"worker-{rank}.log"
+        package = __name__.rpartition(".eval.")[0]
+        command = [sys.executable, "-m", f"{package}.eval.work", str(store.folder)]
+        command += ["--rank", str(rank), "--world", str(world)]
+        with open(self.log, "wb") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(plan, package, rank),
+                text=True,
+            )
+        threading.Thread(target=self._read, args=(said,), daemon=True).start()
+
+    def _read(self, said: queue.Queue[str | None]) -> None:
+        for line in self.process.stdout or ():
+            said.put(line.strip())
+        self.process.wait()
+        said.put(None)
+
+    def check(self) -> None:
+        """WorkerFailed if the process ended with an error; the message is the last line of its log."""
+        if self.process.poll() in (None, 0):
+            return
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit status {self.process.returncode}"
+        raise WorkerFailed(f"a worker process stopped: {reason} (all of it: {self.log})")
+
+    def end(self) -> None:
+        """Wait for the end of the process; an empty log is not kept."""
+        self.process.wait()
+        if self.log.exists() and self.log.stat().st_size == 0:
+            self.log.unlink()
+
+
+def _listen(
+    todo: dict[str, Done], said: queue.Queue[str | None], workers: list[Worker]
+) -> Iterator[Done | None]:
+    running = len(workers)
+    while running:
+        try:
+            line = said.get(timeout=POLL)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            running -= 1
+            for worker in workers:
+                worker.check()
+        elif line in todo:
+            yield todo.pop(line)
+
+
+def _environment(plan: Plan, package: str, rank: int) -> dict[str, str]:
     threads = str(plan.config.threads)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONUNBUFFERED": "1",
-    }
     # The child must find this very package, installed or not.
-    package = __name__.rpartition(".eval.")[0]
     root = str(Path(sys.modules[package].__file__ or ".").parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
     if plan.config.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = _visible_device(rank)
-    command = [
-        sys.executable,
-        "-m",
-        f"{package}.eval.work",
-        str(store.folder),
-        "--rank",
-        str(rank),
-        "--world",
-        str(world),
-    ]
-    with open(log, "wb") as output:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        ), log
+    return environment
 
 
 def _visible_device(rank: int) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
     return devices[rank % len(devices)]
-
-
-def _watch(
-    todo: list[Done], store: Store, workers: list[tuple[subprocess.Popen[bytes], Path]]
-) -> Iterator[Done | None]:
-    while todo:
-        running = [w.poll() for w, _ in workers]
-        left = []
-        for item in todo:
-            _, job, chunk = item
-            if store.has(job.key, chunk) or store.failure(job.key) is not None:
-                yield item
-            else:
-                left.append(item)
-        todo = left
-        for (_, log), code in zip(workers, running):
-            if code not in (None, 0):
-                raise WorkerFailed(_last_words(log, code))
-        if todo and all(code == 0 for code in running):
-            raise WorkerFailed(f"all workers ended but {len(todo)} chunks are missing")
-        yield None
-        if todo:
-            time.sleep(POLL)
-
-
-def _last_words(log: Path, code: int | None) -> str:
-    lines = (
-        [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if log.exists()
-        else []
-    )
-    reason = lines[-1].strip() if lines else f"exit status {code}"
-    return f"a worker process stopped: {reason} (all of it: {log})"

@@ -87,8 +87,7 @@ def _bar(panels: Sequence[Mapping[str, Any]]) -> str:
 
 GUIDE = """The first number is the distance to where the noise leads when the differential equation is solved to
 convergence: it measures the solver and nothing else. The second compares the samples with reference images in the
-features of a small classifier; read it against its floor, the value of the converged samples. Lower is better in
-both."""
+features of a small classifier; read it against its floor, the value of the converged samples. Lower is better."""
 
 
 def _header(result: Mapping[str, Any], title: str) -> str:
@@ -118,9 +117,11 @@ def _finding(panel: Mapping[str, Any]) -> str:
     rows = panel["rows"]
     best = next(r for r in order if r["budgets"] == max(o["budgets"] for o in order))
     text = "First overall by distance to the converged solution"
-    if best["ratio"] is not None:
-        text += f" (on average {best['ratio']:.2f}× the best value of a budget)"
-    text += "."
+    first_everywhere = all(rank == 1 for rank in best["ranks"].values())
+    if first_everywhere:
+        text += ", and at every budget."
+    else:
+        text += f": on average {best['ratio'] or 1.0:.2f} times the best value of a budget."
     baseline = next((i for i, row in enumerate(rows) if row["solver"] == "euler"), None)
     if baseline is not None and baseline != best["row"]:
         budget = middle_budget(panel["budgets"])
@@ -183,7 +184,7 @@ def _facts(panel: Mapping[str, Any]) -> str:
     if panel.get("features"):
         facts.append(("Reference images", f"{panel['features']['reference_count']:,}"))
     if panel.get("agreement"):
-        facts.append(("Label agreement, converged", f"{100 * panel['agreement']['value']:.1f} %"))
+        facts.append(("Label agreement", f"{100 * panel['agreement']['value']:.1f} %"))
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     return f'<dl class="facts">{items}</dl>'
 

@@ -56,11 +56,15 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
     return ["- : " + lines[0], *("    " + line for line in lines[1:])] if lines else []
 
 
-def result_tables(panel: Mapping[str, Any]) -> RenderableType:
-    """What stays on the screen when a panel is done: both distances and what they are to be read against."""
-    parts: list[RenderableType] = [metric_table(panel, "rms", spread=True)]
+def result_tables(panel: Mapping[str, Any], width: int = 120) -> RenderableType:
+    """What stays on the screen when a panel is done: both distances and what they are to be read against.
+
+    Intervals are shown where ``width`` columns hold them.
+    """
+    spread = width >= 20 + 15 * len(panel["budgets"])
+    parts: list[RenderableType] = [metric_table(panel, "rms", spread)]
     if any(c.get("frechet") for c in panel["cells"]):
-        parts += [Text(), metric_table(panel, "frechet", spread=True)]
+        parts += [Text(), metric_table(panel, "frechet", spread)]
     facts = []
     if panel["reference"].get("resolution"):
         facts.append(

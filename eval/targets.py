@@ -15,7 +15,7 @@ from ..guidance import Denoiser
 from ..schedules import NoiseSchedule
 from .models import MODELS, PREFIX, EvalModel, feature_network, load_model
 
-SAMPLES = {"digits-exact": 1000, "digits-unet": 300}
+SAMPLES = {"digits-exact": 1000, "digits-unet": 200}
 """Default number of samples a cell, chosen so that the whole default run takes well below two minutes on two cores."""
 GUIDANCE = {"digits-unet": (1.0, 2.0)}
 """Scales that are evaluated by default."""

@@ -191,10 +191,16 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(options.folder)
     plan = Plan.from_json(store.load_json("run.json")["plan"])
     torch.set_num_threads(plan.config.threads)
-    for _ in work(plan, store, options.rank, options.world):
+    for _, job, chunk in work(plan, store, options.rank, options.world):
         if os.getppid() != parent:
             return 1
+        print(say(job, chunk), flush=True)
     return 0
+
+
+def say(job: Job, chunk: Chunk) -> str:
+    """What a worker prints when a chunk is done."""
+    return f"{job.key} {chunk.start}"
 
 
 if __name__ == "__main__":

@@ -143,11 +143,13 @@ class Plan:
 
         Raises ValueError if the new levels cannot be stepped through.
         """
-        given = np.asarray(sigmas)
+        given = np.asarray(sigmas, dtype=np.float64)
         steps = [i for i in range(self.program.nfe) if self._tail(i, {}) is not None]
         kept = [*steps, *range(self.program.nfe, len(given))]
         if len(given) != len(self.sigmas):
             raise ValueError(f"sigmas had {len(self.sigmas)} elements and now have {len(given)}")
+        if len(kept) == 2 and given[kept[0]] == given[kept[1]]:
+            return self  # the only step would have no length
         idle = 0
         while len(kept) > 2 and given[kept[-1]] == given[kept[-2]]:
             kept, idle = kept[:-1], idle + 1
@@ -206,13 +208,17 @@ def make_plan(
     told: Array | None = None
     if sigmas is not None and source.clock != "sigma":
         levels = np.asarray(sigmas, dtype=np.float64)
-        if len(levels) > 1 and levels[-1] == 0.0:  # Euler's convention; others do not send the last level
-            levels, n = levels[:-1], n - 1
         end = 0.0
+        if len(levels) > 1 and levels[-1] in (0.0, levels[-2]):  # Euler sends the level of the end as well
+            levels, end, n = levels[:-1], float(levels[-1]), n - 1
         told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
     elif timesteps is not None and sigmas is None:
         told = np.asarray(timesteps, dtype=np.float64)
-        levels, end = source.levels(told), 0.0
+        last = source.train_steps - (source.clock == "index")
+        if source.clock in ("index", "sigma") and not np.all((told >= 0) & (told <= last)):
+            raise ValueError(f"timesteps must lie in [0, {last}], got {told.min():g} to {told.max():g}")
+        levels = source.levels(told)
+        end = final_level(config, source, levels)
     elif schedule is not None and sigmas is None:
         levels, end = make_grid(noise, n, schedule).level[:-1], 0.0
         if noise.frame == "flow":
@@ -225,11 +231,11 @@ def make_plan(
         told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
     if told is not None and len(told) != n:
         raise ValueError(f"timesteps and sigmas must have the same length, got {len(told)} and {n}")
+    if end == levels[-1] and len(levels) == 1:  # the only step would have no length
+        end = 0.0
     idle = int(end == levels[-1])
     nodes = levels if idle else np.append(levels, end)
     try:
-        if idle and len(levels) == 1:
-            raise ValueError("one evaluation at the level that the run ends at leaves nothing to do")
         grid = TimeGrid.from_levels(noise, nodes)
         if told is not None and source.clock == "index":
             grid = _grid(source, nodes, np.append(told, grid.t[-1:])[: len(nodes)])

@@ -156,7 +156,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             )
         given = {k: v for k, v in kwargs.items() if k not in _LOADER and not k.startswith("_")}
         reject_unknown(given, cls._parameters(), f"{cls.__name__}.from_config")
-        return super().from_config(spelled_out(config, given), return_unused_kwargs, **given)
+        made: Any = super().from_config(spelled_out(config, given), return_unused_kwargs, **given)
+        scheduler = made[0] if return_unused_kwargs else made
+        # What the source class filled in, a third class may fill in its own way, as diffusers has it.
+        unset = set(config.get("_use_default_values", ())) - given.keys()
+        if unset:
+            unset |= set(scheduler.config.get("_use_default_values", ()))
+            scheduler.register_to_config(_use_default_values=sorted(unset))
+        return made
 
     @classmethod
     def _parameters(cls) -> dict[str, Any]:
@@ -338,9 +345,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     def _denoises(self) -> bool:
         """Whether the program is fed x_0: models with preconditioning, and clipping of x_0."""
         values = self._values
-        if values["clip_sample"] or values["thresholding"]:
+        if self._clips or values["thresholding"]:
             return True
         return values["sigma_data"] is not None and self._source().sigma_data is not None
+
+    @property
+    def _clips(self) -> bool:
+        # CogVideoX's classes have the key, true by default, and do not clip: latents are not bounded.
+        return bool(self._values["clip_sample"]) and self._values["snr_shift_scale"] is None
 
     def _published(self, plan: Plan, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
         times = plan.timesteps
@@ -394,8 +406,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             self._ignored(other)
         run = self._run
         plan = run.plan
-        if plan is None:
-            raise ValueError("step() before set_timesteps()")
+        if plan is None:  # as published so far: every training step
+            run = self._train_steps(run)
+            plan = run.plan
+            assert plan is not None
         if run.step_index is None:
             plan = self._begin(run, timestep, eta)
         index = run.step_index
@@ -421,6 +435,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if torch.compiler.is_compiling():
             return previous, resolved(denoised)
         return Result(previous, denoised)
+
+    def _train_steps(self, run: Run) -> Run:
+        self.set_timesteps(timesteps=run.timesteps)
+        self._run.begin_index = run.begin_index
+        return self._run
 
     def _begin(self, run: Run, timestep: Any, eta: float) -> Plan:
         """Start the run at the first timestep that is seen; the plan may have been edited."""
@@ -516,7 +535,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             bound = bound.clamp(1.0, values["sample_max_value"])
             return (wide.clamp(-bound, bound) / bound).reshape(x_0.shape).to(x_0.dtype)
         bound = values["clip_sample_range"]
-        return x_0.clamp(-bound, bound) if values["clip_sample"] else x_0
+        return x_0.clamp(-bound, bound) if self._clips else x_0
 
     def _mean(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The mean of networks that predict a variance too; no solver here uses the variance."""
@@ -560,7 +579,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             own = run.timesteps
             if timestep.dtype == own.dtype and timestep.device == own.device:
                 offset = timestep.data_ptr() - own.data_ptr()
-                if 0 <= offset < own.numel() * own.element_size() and own.is_contiguous():
+                if own.data_ptr() and 0 <= offset < own.numel() * own.element_size() and own.is_contiguous():
                     return offset // own.element_size()
             timestep = timestep.item()
         times = run.timesteps.numpy(force=True) if run.plan is None else run.plan.timesteps

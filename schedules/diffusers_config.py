@@ -145,7 +145,7 @@ def source_of(config: Config, *, mu: float | None = None) -> Source:
     _refuse(config)
     n = int(_get(config, "num_train_timesteps", 1000))
     if is_flow(config):
-        if float(_get(config, "sigma_max", 0.0)) > 1.0:
+        if float(_get(config, "sigma_max", 0.0)) > 1.0 and not config.get("use_flow_sigmas"):
             # Cosmos 2 drives a flow class with EDM levels; its "velocity" (x - x_0) / sigma is the noise of that frame.
             noise = EDM(float(_get(config, "sigma_min", 0.002)), float(config["sigma_max"]))
             return Source(noise, "epsilon", "sigma", n)
@@ -242,6 +242,10 @@ def native_levels(
     classes (``solver_order``) divide [0, T - 1] into ``steps`` parts, the others into ``steps - 1``.
     """
     if source.clock == "sigma":
+        if sigmas is None and config.get("use_flow_sigmas") and config.get("use_karras_sigmas"):
+            # UniPC (Cosmos 2.5): levels of a diffusion model, sigma / alpha, as those of a flow
+            ratio = _respaced(config, _vp(config, source.train_steps).train_levels[::-1], steps)
+            return ratio / (1.0 + ratio)
         levels = _flow_levels(config, source, steps, sigmas)
     elif source.clock == "index":
         levels = source.noise_schedule.level(_indices(config, source, steps))
@@ -297,16 +301,25 @@ def _indices(config: Config, source: Source, steps: int) -> Array:
             index = np.array([n - 1.0])
         # DDIM, DDPM and the multistep classes round; Euler and its relatives do not.
         exact = not multistep and "set_alpha_to_one" not in config and "variance_type" not in config
-        return index if exact else np.rint(index)
+        return index if exact else _whole(index)
     if kind == "leading":
         ratio = float(n // (steps + 1 if multistep else steps))
         first = 1.0 if multistep else 0.0
-        index = np.arange(steps - 1.0 + first, first - 1.0, -1.0) * ratio + offset
-        return np.minimum(index, n - 1.0)
+        if ratio == 0.0:  # more steps than training indices
+            ratio = n / (steps + first)
+        index = np.arange(steps - 1.0 + first, first - 1.0, -1.0) * ratio
+        return index + min(float(offset), n - 1.0 - index[0])
     if kind == "trailing":
-        return np.rint(n - np.arange(steps) * (n / steps)) - 1.0
+        return _whole(n - np.arange(steps) * (n / steps)) - 1.0
     hint = suggestion(str(kind), _SPACINGS)
     raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {kind!r}{hint}")
+
+
+def _whole(index: ArrayLike) -> Array:
+    """Rounded to training indices, unless that would visit one twice."""
+    index = np.asarray(index, dtype=np.float64)
+    whole = np.rint(index)
+    return whole if np.all(np.diff(whole) < 0) else index
 
 
 def _flow_levels(config: Config, source: Source, steps: int, sigmas: Sequence[float] | None) -> Array:

@@ -239,11 +239,8 @@ def test_import_fewstep_brings_nothing_heavy(
     record_property("import fewstep after it", f"{result['fewstep']:.3f} s")
     loaded = {name.partition(".")[0] for name in result["new"]}
     assert not loaded & set(HEAVY)
-    assert not {
-        name
-        for name in result["new"]
-        if name.startswith(("fewstep.eval", "fewstep.hosts.diffusers", "fewstep.hosts.comfyui"))
-    }
+    # hosts.diffusers may be there, without diffusers: saved pipelines look for the scheduler in the package.
+    assert not [name for name in result["new"] if name.startswith(("fewstep.eval", "fewstep.hosts.comfyui"))]
 
 
 ALONE = """

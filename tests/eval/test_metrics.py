@@ -91,7 +91,7 @@ def test_jackknife_is_leaving_groups_out() -> None:
     estimate, excess = metrics.frechet_interval(f, reference, groups=groups)
     parts = np.array(
         [
-            metrics.frechet(Moments.of(np.delete(f, slice(j, None, groups), axis=0)), reference)
+            metrics.frechet(Moments.of(np.delete(f, np.s_[6 * j : 6 * j + 6], axis=0)), reference)
             for j in range(groups)
         ]
     )
@@ -143,6 +143,20 @@ def test_frechet_interval_covers_its_expectation() -> None:
     ]
     expectation = float(np.mean([d.value for d in draws]))
     assert 0.90 < np.mean([d.low <= expectation <= d.high for d in draws]) <= 0.99
+
+
+def test_frechet_interval_is_not_misled_by_classes_in_turn() -> None:
+    """Indices cycle through the classes; groups that each held one class would look like an enormous spread."""
+    rng = np.random.default_rng(10)
+    classes = 4.0 * rng.normal(size=(10, 6))
+    reference = Moments.of(classes[np.arange(4000) % 10] + rng.normal(size=(4000, 6)))
+    draws = [
+        metrics.frechet_interval(classes[np.arange(200) % 10] + rng.normal(size=(200, 6)), reference)[0]
+        for _ in range(60)
+    ]
+    spread = np.std([d.value for d in draws])
+    half = np.median([(d.high - d.low) / 2 for d in draws])
+    assert half < 5.0 * spread
 
 
 def test_images_are_quantised_as_stored() -> None:

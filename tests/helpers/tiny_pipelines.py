@@ -1,7 +1,8 @@
 """Diffusers pipelines with tiny random weights, built offline: what a scheduler meets in the wild, in milliseconds.
 
-``CASES`` names them. A case builds a pipeline (text encoders are None, embeddings are passed) and the arguments of a
-call; every one has the scheduler that its family ships with. The weights are fixed by a seed.
+``CASES`` names them, ``MORE`` further families that are built less often. A case builds a pipeline (text encoders are
+None, embeddings are passed) and the arguments of a call; every one has the scheduler that its family ships with. The
+weights are fixed by a seed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ LATENT = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline and how to call it; ``latents`` is the shape that ``callback`` and ``output_type="latent"`` show."""
+    """A pipeline and how to call it; ``callbacks``: whether it takes ``callback_on_step_end``."""
 
     name: str
     build: Callable[[], Any]
     arguments: Callable[[], dict[str, Any]]
-    latents: tuple[int, ...] | None
     flow: bool = False
+    callbacks: bool = True
     image_to_image: bool = False
+    output: str = "images"
 
     def pipeline(self) -> Any:
         """The pipeline; built once, so assign a scheduler before each use. Its native scheduler is ``pipe.native``."""
@@ -48,7 +50,7 @@ class Case:
         if steps is not None:
             arguments["num_inference_steps"] = steps
         with torch.no_grad():
-            return torch.as_tensor(pipe(**arguments).images)
+            return torch.as_tensor(getattr(pipe(**arguments), self.output))
 
 
 def randn(*shape: int, seed: int = 7) -> torch.Tensor:
@@ -257,53 +259,306 @@ _MASK = {
     "image": _image,
     "strength": 1.0,
 }
-_SHAPE = (1, 4, LATENT, LATENT)
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
-        Case("sd", _sd, _text(**_size()), _SHAPE),
+        Case("sd", _sd, _text(**_size())),
         Case(
             "sd_img2img",
             _converted("sd", "StableDiffusionImg2ImgPipeline"),
             _text(**_FROM_IMAGE),
-            _SHAPE,
             image_to_image=True,
         ),
         Case(
             "sd_inpaint",
             _converted("sd", "StableDiffusionInpaintPipeline"),
             _text(**_MASK, **_size()),
-            _SHAPE,
         ),
-        Case("sdxl", _sdxl, _text(**_POOLED, **_size()), _SHAPE),
+        Case("sdxl", _sdxl, _text(**_POOLED, **_size())),
         Case(
             "sdxl_img2img",
             _converted("sdxl", "StableDiffusionXLImg2ImgPipeline"),
             _text(**_POOLED, **_FROM_IMAGE),
-            _SHAPE,
             image_to_image=True,
         ),
-        Case("sd3", _sd3, _text(**_POOLED, **_size()), _SHAPE, flow=True),
+        Case("sd3", _sd3, _text(**_POOLED, **_size()), flow=True),
         Case(
             "sd3_img2img",
             _converted("sd3", "StableDiffusion3Img2ImgPipeline"),
             _text(**_POOLED, **_FROM_IMAGE, **_size()),
-            _SHAPE,
             flow=True,
             image_to_image=True,
         ),
-        Case("flux", _flux, _flux_text(**_size()), (1, 64, 16), flow=True),
+        Case("flux", _flux, _flux_text(**_size()), flow=True),
         Case(
             "flux_img2img",
             _converted("flux", "FluxImg2ImgPipeline"),
             _flux_text(**_FROM_IMAGE, **_size()),
-            (1, 64, 16),
             flow=True,
             image_to_image=True,
         ),
-        Case("dit", _dit, lambda: {"class_labels": [3], "guidance_scale": 2.0, "output_type": "np"}, None),
-        Case("ddpm", _ddpm, lambda: {"output_type": "np"}, None),
+        Case(
+            "dit",
+            _dit,
+            lambda: {"class_labels": [3], "guidance_scale": 2.0, "output_type": "np"},
+            callbacks=False,
+        ),
+        Case("ddpm", _ddpm, lambda: {"output_type": "np"}, callbacks=False),
+    )
+}
+
+
+def _pixart() -> Any:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        transformer=transformer,
+        vae=_vae(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def _sana() -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=LATENT,
+    )
+    block = ("ResBlock", "EfficientViTBlock")
+    vae = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=block,
+        decoder_block_types=block,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    return diffusers.SanaPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+
+def _qwen() -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9, max_image_seq_len=8192
+    )
+    return diffusers.QwenImagePipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+
+def _z_image() -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        transformer=transformer,
+        vae=_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def _wan() -> Any:
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.WanPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+
+def _ltx() -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=16,
+    )
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+        patch_size_t=1,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05, base_shift=0.95
+    )
+    return diffusers.LTXPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+
+def _cogvideox() -> Any:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        max_text_seq_length=5,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return diffusers.CogVideoXPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=None, tokenizer=None
+    )
+
+
+def _masked() -> dict[str, Any]:
+    return {"prompt_attention_mask": torch.ones(1, 5), "negative_prompt_attention_mask": torch.ones(1, 5)}
+
+
+def _prompt(**more: Any) -> Callable[[], dict[str, Any]]:
+    embeds = {
+        "prompt_embeds": lambda: randn(1, 5, 16),
+        "negative_prompt_embeds": lambda: randn(1, 5, 16, seed=8),
+    }
+    return _text(**{**embeds, **more})
+
+
+_BINNING = {"use_resolution_binning": False, "negative_prompt": None}
+_VIDEO = {"height": 16, "width": 16}
+
+MORE: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("pixart", _pixart, lambda: {**_prompt(**_size(), **_BINNING)(), **_masked()}, callbacks=False),
+        Case(
+            "sana",
+            _sana,
+            lambda: {**_prompt(**_size(), **_BINNING)(), **_masked(), "complex_human_instruction": None},
+            flow=True,
+        ),
+        Case(
+            "qwen",
+            _qwen,
+            lambda: {
+                "prompt_embeds": randn(1, 5, 16),
+                "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long),
+                "true_cfg_scale": 1.0,
+                "output_type": "latent",
+                **_size(),
+            },
+            flow=True,
+        ),
+        Case(
+            "z_image",
+            _z_image,
+            _prompt(
+                **_size(),
+                prompt_embeds=lambda: [randn(5, 16)],
+                negative_prompt_embeds=lambda: [randn(5, 16, seed=8)],
+            ),
+            flow=True,
+        ),
+        Case("wan", _wan, _prompt(**_VIDEO, num_frames=5), flow=True, output="frames"),
+        Case(
+            "ltx",
+            _ltx,
+            lambda: {**_prompt(**_size(), num_frames=9)(), **_masked()},
+            flow=True,
+            output="frames",
+        ),
+        Case("cogvideox", _cogvideox, _prompt(**_VIDEO, num_frames=8), output="frames"),
     )
 }
 
@@ -312,7 +567,7 @@ CASES: dict[str, Case] = {
 def _pipeline(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = CASES[name].build()
+        pipe = (CASES | MORE)[name].build()
     pipe.set_progress_bar_config(disable=True)
     pipe.native = pipe.scheduler
     for part in pipe.components.values():

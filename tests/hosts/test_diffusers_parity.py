@@ -182,6 +182,19 @@ def test_edm_models(name: str, prediction: str) -> None:
     assert ours.init_noise_sigma == pytest.approx(native.config.sigma_max, rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"sigma_min": 0.01, "sigma_max": 200.0}])
+def test_karras_levels_of_a_flow_model_in_unipc(options: dict[str, Any]) -> None:
+    """Cosmos 2.5: the levels are those of a diffusion model."""
+    native = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True, **options
+    )
+    ours = FewStepScheduler.from_config(native.config)
+    native.set_timesteps(5)
+    ours.set_timesteps(5)
+    assert ours.sigmas.tolist() == pytest.approx(native.sigmas.tolist(), rel=1e-5)
+    assert ours.timesteps.long().tolist() == native.timesteps.tolist()
+
+
 def test_stable_video_diffusion() -> None:
     """v prediction with a quarter of log(sigma) as the time and levels up to 700."""
     native = diffusers.EulerDiscreteScheduler(
@@ -202,9 +215,16 @@ def test_stable_video_diffusion() -> None:
 
 
 def test_cogvideox() -> None:
-    native = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    ours = FewStepScheduler.from_config(native.config, solver="ddim", timestep_spacing="trailing")
+    """A shifted signal-to-noise ratio that ends at zero; its class says that it clips and does not."""
+    native = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    ours = FewStepScheduler.from_config(native.config, solver="ddim")
     assert torch.allclose(ours.alphas_cumprod, native.alphas_cumprod.float(), atol=1e-6)
+    native.set_timesteps(5)
+    ours.set_timesteps(5)
+    start = 5 * X
+    assert distance(run(ours, start), run(native, start)) < 1e-5
 
 
 def test_zero_terminal_snr_is_exact() -> None:

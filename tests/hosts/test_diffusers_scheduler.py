@@ -85,6 +85,8 @@ def test_from_config_takes_a_config(wrong: Any) -> None:
         ({"num_inference_steps": 2.5}, "integer >= 1"),
         ({}, "needs num_inference_steps"),
         ({"timesteps": [1, 2, 3]}, "strictly decreasing"),
+        ({"timesteps": [1000, 2]}, r"lie in \[0, 999\]"),
+        ({"timesteps": [500, -2]}, r"lie in \[0, 999\]"),
         ({"sigmas": [1.0, 1.0, 0.5]}, "strictly decreasing"),
         ({"sigmas": []}, "must not be empty"),
         ({"sigmas": [3.0, 1.0], "timesteps": [500]}, "same length"),
@@ -199,6 +201,40 @@ def test_a_solver_object_stands_for_its_spec() -> None:
     assert FewStepScheduler(solver=fs.solver("unipc:order=3")).config.solver == "unipc:order=3"
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_as_many_steps_as_training_indices(spacing: str) -> None:
+    """Rounding would visit indices twice."""
+    for source in (diffusers.DPMSolverMultistepScheduler(), diffusers.DDIMScheduler()):
+        scheduler = FewStepScheduler.from_config(
+            source.config, solver="ddim", timestep_spacing=spacing, steps_offset=1
+        )
+        for steps in (999, 1000):
+            scheduler.set_timesteps(steps)
+            assert len(scheduler.timesteps) == steps
+            assert 0 <= scheduler.timesteps[-1] < scheduler.timesteps[0] <= 999
+
+
+def test_other_classes_fill_in_their_own_defaults() -> None:
+    """From DDIM over ours to a third class is as from DDIM to the third class."""
+    ddim = diffusers.DDIMScheduler(**SD)
+    ours = FewStepScheduler.from_config(ddim.config, solver="heun")
+    for name in (
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "DEISMultistepScheduler",
+        "EDMEulerScheduler",
+    ):
+        target = getattr(diffusers, name)
+        assert (
+            target.from_config(ours.config).config.items()
+            >= {
+                k: v
+                for k, v in target.from_config(ddim.config).config.items()
+                if not k.startswith(("_", "trained"))
+            }.items()
+        )
+
+
 def test_changed_configs_are_read_late() -> None:
     scheduler = make("ddim", steps=None)
     scheduler.config.timestep_spacing = "leading"  # diffusers lets users do this
@@ -222,8 +258,12 @@ def test_public_interface() -> None:
     fresh = make(steps=None)
     assert fresh.timesteps.tolist() == list(range(999, -1, -1))
     assert fresh.num_inference_steps is None
-    with pytest.raises(ValueError, match="before set_timesteps"):
-        fresh.step(X, 999, X)
+    every = make("ddim", steps=None)
+    direct = make("ddim", steps=None)
+    every.set_timesteps(timesteps=list(range(999, -1, -1)))
+    assert torch.equal(
+        direct.step(X, 7, X)[0], every.step(X, 7, X)[0]
+    )  # without set_timesteps: every training step
 
 
 # -- a run -----------------------------------------------------------------------------------------
@@ -329,6 +369,20 @@ def test_no_step_reads_a_tensor(solver: str, begin: bool) -> None:
             x = scheduler.step(m, t, x, return_dict=False)[0]
         most = max(most, mode.count)
     assert 0 < most <= 12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_whole_run_on_a_device_whose_values_nobody_knows(solver: str) -> None:
+    """The meta device has shapes and no numbers: whatever would wait for a device fails there."""
+    scheduler = make(solver, None)
+    scheduler.set_timesteps(6, device="meta")
+    assert scheduler.timesteps.device.type == "meta"
+    scheduler.set_begin_index(2)
+    x = scheduler.add_noise(X.to("meta"), X.to("meta"), scheduler.timesteps[2:3])
+    for t in scheduler.timesteps[2:]:
+        x = scheduler.step(scheduler.scale_model_input(x, t), t, x, return_dict=False)[0]
+        x = x + 0 * scheduler.add_noise(x, x, t[None])
+    assert x.shape == X.shape
 
 
 def test_generators_and_given_noise() -> None:
@@ -454,6 +508,11 @@ def test_a_last_step_of_length_zero() -> None:
         x = scheduler.step((x - truth) / scheduler.sigmas[i], t, x, return_dict=False)[0]
     assert scheduler.step_index == 8
     assert (x - truth).abs().max() < 0.02
+    scheduler.set_timesteps(sigmas=torch.zeros(1))
+    scheduler.sigmas[-1] = scheduler.sigmas[-2]  # one step: of no length, or to the end
+    assert torch.allclose(
+        scheduler.step(X, scheduler.timesteps[0], 80 * X)[0], torch.zeros_like(X), atol=1e-4
+    )
     plain = FewStepScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler().config, solver="unipc")
     plain.set_timesteps(sigmas=[1.0, 0.6, 0.3])
     plain.sigmas[-1] = plain.sigmas[-2]

@@ -34,7 +34,10 @@
     const values = panel.cells.map((c) => c[metric] && c[metric].value).filter((v) => v != null && (!info.log || v > 0)).sort((a, b) => a - b);
     let low = values[0], high = values[values.length - 1];
     if (info.line != null && (!info.log || info.line > low / 4)) { low = Math.min(low, info.line); high = Math.max(high, info.line); }
-    if (info.log) high = Math.min(high, 40 * values[Math.floor(values.length / 2)]);
+    if (info.log) {
+      const gap = values.findIndex((v, i) => i > values.length / 2 && v > 3 * values[i - 1]);
+      if (gap > 0) high = Math.max(values[gap - 1], low);
+    }
     const range = values.length === 0 ? undefined : info.log ? [Math.log10(low / 1.35), Math.log10(high * 1.35)]
       : [low - 0.06 * (high - low), high + 0.06 * (high - low)];
     if (info.line != null && (info.log ? info.line >= low : true)) {
