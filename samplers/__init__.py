@@ -1,6 +1,16 @@
 """How to step: programs, the trace that records them, the registry, and one solver family a file."""
 
-from . import deis, dpm_solver, euler, heun, unipc  # noqa: F401  registers the families
+from . import (  # noqa: F401  registers the families
+    deis,
+    dpm_solver,
+    euler,
+    flow_sde,
+    heavy_ball,
+    heun,
+    linear_multistep,
+    sde,
+    unipc,
+)
 from .executor import NumericalError, Stepper
 from .noise import BrownianNoise, NoiseSource, WhiteNoise
 from .program import Combine, Evaluate, Noise, Program

@@ -29,7 +29,8 @@ class Declaration:
     """A registered solver.
 
     ``order`` is the global order of convergence in the step length, start-up included, for the default options;
-    :attr:`Solver.order` gives it for chosen ones. ``evaluations_per_step`` is the cost of an inner step.
+    :attr:`Solver.order` gives it for chosen ones. ``evaluations_per_step`` is the cost of an inner step,
+    ``startup_evaluations`` what the first steps cost on top.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Declaration:
     stochastic_of: Callable[..., bool]
     aliases: Mapping[str, str]
     reference: str
+    startup_evaluations: int = 0
 
     @cached_property
     def options(self) -> Mapping[str, Option]:
@@ -82,6 +84,7 @@ def solver(
     order: int | Callable[..., int],
     reference: str,
     evaluations_per_step: int = 1,
+    startup_evaluations: int = 0,
     stochastic: bool | Callable[..., bool] = False,
     aliases: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Linear]], Callable[..., Linear]]:
@@ -101,6 +104,7 @@ def solver(
             _constant(stochastic),
             MappingProxyType(dict(aliases or {})),
             reference,
+            startup_evaluations,
         )
         return function
 

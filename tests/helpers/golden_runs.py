@@ -55,9 +55,18 @@ class DpmSolverTimes(NoiseSchedule):
 
 def find(case: Case) -> Run | None:
     """The run that repeats a case, or None."""
-    return {"dpm": _dpm, "unipc": _unipc, "deis": _deis, "kd": _kd, "df": _df, "cf": _cf, "zju": _zju}.get(
-        case.family, lambda case: None
-    )(case)
+    families = {
+        "dpm": _dpm,
+        "unipc": _unipc,
+        "deis": _deis,
+        "kd": _kd,
+        "df": _df,
+        "cf": _cf,
+        "zju": _zju,
+        "ghvb": _ghvb,
+        "cps": _cps,
+    }
+    return families.get(case.family, lambda case: None)(case)
 
 
 def repeat(case: Case) -> Run:
@@ -146,6 +155,16 @@ def _deis(case: Case) -> Run | None:
     return Run("deis", TimeGrid.from_times(_vp(case.meta), case["ts"]), options, "epsilon", "x_final_exact")
 
 
+def _ghvb(case: Case) -> Run:
+    """Times of the momentum repository; the last one lies below the first index and means its alpha."""
+    return Run("ghvb", _nodes(case), {"order": case.meta["order_arg"]}, "epsilon")
+
+
+def _nodes(case: Case) -> TimeGrid:
+    """A grid whose (alpha, sigma) are stored in the case."""
+    return TimeGrid(case["ts"], case["alpha"], case["sigma"], VPContinuous())
+
+
 def _kd(case: Case) -> Run | None:
     kwargs = case.meta.get("kwargs", {})
     solver = {
@@ -154,6 +173,10 @@ def _kd(case: Case) -> Run | None:
         "sample_euler_ancestral": "euler_ancestral",
         "sample_dpmpp_2m": "dpmpp_2m",
         "sample_lms": "deis",
+        "sample_dpmpp_2m_sde": "dpmpp_2m_sde",
+        "sample_dpmpp_3m_sde": "dpmpp_3m_sde",
+        "sample_dpmpp_sde": "dpmpp_sde",
+        "sample_dpmpp_2s_ancestral": "dpmpp_2s_ancestral",
     }.get(case.meta["fn"])
     if solver is None:
         return None
@@ -165,6 +188,18 @@ def _kd(case: Case) -> Run | None:
 
 
 def _cf(case: Case) -> Run | None:
+    if case.meta["fn"] == "sample_ipndm":
+        grid = TimeGrid.from_levels(EDM(), case["sigmas"])
+        return Run("ipndm", grid, {"order": case.meta["kwargs"].get("max_order", 4)})
+    if case.meta["fn"] in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
+        return Run(
+            case.meta["fn"].removeprefix("sample_"), _comfy_grid(case), dict(case.meta["kwargs"]), _kind(case)
+        )
+    if case.meta["fn"] in ("sample_lcm", "sample_ddpm", "sample_res_multistep"):
+        solver = {"sample_lcm": "cps:eta=1", "sample_ddpm": "ddim:eta=1"}.get(
+            case.meta["fn"], "res_multistep"
+        )
+        return Run(solver, _comfy_grid(case), {}, _kind(case))
     if case.meta["fn"] != "sample_euler_ancestral_RF":
         return None
     return Run(
@@ -172,7 +207,29 @@ def _cf(case: Case) -> Run | None:
     )
 
 
+def _comfy_grid(case: Case) -> TimeGrid:
+    """Samplers that work in lambda start a flow at sigma = 1 - 1e-4 in ComfyUI."""
+    levels = case["sigmas"].copy()
+    if "shift" not in case.meta:
+        return TimeGrid.from_levels(EDM(), levels)
+    if case.meta["fn"] != "sample_euler_ancestral_RF" and levels[0] >= 1.0:
+        levels[0] = 1.0 - 1e-4
+    return TimeGrid.from_levels(Flow(), levels)
+
+
+def _kind(case: Case) -> Any:
+    return "flow" if "shift" in case.meta else "denoised"
+
+
+def _cps(case: Case) -> Run:
+    return Run("cps", TimeGrid.from_levels(Flow(), case["sigmas"]), {"eta": case.meta["eta"]}, "flow")
+
+
 def _zju(case: Case) -> Run | None:
+    if case.meta["fn"] == "ipndm_sampler":
+        kwargs = case.meta["kwargs"]
+        options = {"order": kwargs.get("max_order", 4), "afs": kwargs.get("afs", False)}
+        return Run("ipndm", TimeGrid.from_levels(EDM(), case["sigmas"]), options)
     if case.meta["fn"] != "unipc_sampler":
         return None
     kwargs = case.meta["kwargs"]
@@ -185,7 +242,15 @@ def _df(case: Case) -> Run | None:
     meta, config = case.meta, case.meta["config"]
     if meta["cls"] == "DDIMScheduler":
         return _df_ddim(case)
-    if meta["state_view"] not in ("sigma", "vp_sigma", "flow", "edm") or config.get("stochastic_sampling"):
+    if (
+        meta["cls"] == "PNDMScheduler"
+        and config["skip_prk_steps"]
+        and not config.get("set_alpha_to_one", False)
+    ):
+        schedule = VP.scaled_linear(config["beta_start"], config["beta_end"], config["num_train_timesteps"])
+        times = np.append(np.unique(case["timesteps"])[::-1], 0)
+        return Run("plms", TimeGrid.from_times(schedule, times), {}, "epsilon")
+    if meta["state_view"] not in ("sigma", "vp_sigma", "flow", "edm"):
         return None
     schedule = {"vp_sigma": VPContinuous(), "flow": Flow()}.get(meta["state_view"], EDM())
     prediction = {"flow": "flow", "epsilon": "epsilon", "v_prediction": "v"}[meta["prediction"]]
@@ -195,6 +260,8 @@ def _df(case: Case) -> Run | None:
     lower = config.get("lower_order_final", True) and few
     order = config.get("solver_order", 2)
     match meta["cls"]:
+        case "FlowMatchEulerDiscreteScheduler" if config.get("stochastic_sampling"):
+            return Run("cps", grid, {"eta": 1.0}, prediction)
         case "EulerDiscreteScheduler" | "FlowMatchEulerDiscreteScheduler" | "EDMEulerScheduler":
             return Run("euler", grid, {}, prediction)
         case "EulerAncestralDiscreteScheduler":
@@ -217,6 +284,9 @@ def _df(case: Case) -> Run | None:
             return Run("unipc", grid, options, prediction)
         case "DPMSolverMultistepScheduler" | "EDMDPMSolverMultistepScheduler":
             algorithm = config.get("algorithm_type", "dpmsolver++")
+            if algorithm == "sde-dpmsolver++" and order == 2:
+                options = {"solver_type": config.get("solver_type", "midpoint")}
+                return Run("dpmpp_2m_sde", grid, options, prediction)
             if algorithm not in ("dpmsolver", "dpmsolver++") or order not in (2, 3):
                 return None
             options = {

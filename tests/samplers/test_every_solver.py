@@ -43,7 +43,12 @@ def test_has_the_declared_order(spec, schedule):
     solver = fs.solver(spec)
     factory = lambda grid: fs.compile(solver, grid)  # noqa: E731
     observed = checks.slope(factory, checks.SCHEDULES[schedule], solver.stochastic)
-    assert abs(observed - solver.order) < 0.2, f"{spec}: order {observed:.2f}, declared {solver.order}"
+    if solver.order == 0:  # noise that does not shrink with the step: nothing converges
+        assert observed < 0.5
+    elif solver.stochastic:  # strong order; a good drift can show more until its error is below the noise's
+        assert observed > solver.order - 0.2
+    else:
+        assert abs(observed - solver.order) < 0.2, f"{spec}: order {observed:.2f}, declared {solver.order}"
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -61,11 +66,12 @@ def test_a_planted_wrong_coefficient_is_caught(spec):
 @pytest.mark.parametrize("spec", VARIANTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_spends_the_evaluations_it_declares(spec, schedule):
-    cost = fs.solver(spec).declaration.evaluations_per_step
-    assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost
+    declaration = fs.solver(spec).declaration
+    cost, extra = declaration.evaluations_per_step, declaration.startup_evaluations
+    assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost + extra
     # A step to sigma = 0 has one stage; in the EDM frame so has one from alpha = 0.
     nfe = fs.compile(spec, full_grid(schedule, 7)).nfe
-    assert 7 + 5 * (cost - 1) <= nfe <= 7 + 6 * (cost - 1)
+    assert 7 + 5 * (cost - 1) <= nfe <= 7 + 6 * (cost - 1) + extra
 
 
 @pytest.mark.parametrize("spec", VARIANTS)

@@ -9,7 +9,7 @@ import pytest
 
 RUNS = [
     name
-    for name in golden_files.load().names("dpm", "unipc", "deis", "kd", "df", "cf", "zju")
+    for name in golden_files.load().names()
     if golden_runs.find(golden_files.load().case(name)) is not None
 ]
 

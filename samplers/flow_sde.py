@@ -1,0 +1,36 @@
+"""Stochastic steps that restore exactly the level they should: coefficients-preserving sampling, and LCM."""
+
+from __future__ import annotations
+
+import math
+
+from ..schedules import Node, TimeGrid
+from .registry import solver
+from .steps import ddim, renoise
+from .trace import Linear, Trace
+
+
+@solver(
+    "cps",
+    family="flow_sde",
+    order=lambda eta, **_: 0 if eta > 0 else 1,
+    stochastic=lambda eta, **_: eta > 0,
+    aliases={"lcm": "cps:eta=1", "flow_match_euler_stochastic": "cps:eta=1"},
+    reference="FlowCPS, https://github.com/IamCreateAI/FlowCPS",
+)
+def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 0.7) -> Linear:
+    """Coefficients-preserving sampling: replace a share of the noise that is left by fresh noise.
+
+    ``x_t = alpha_t x_0 + sqrt(sigma_t^2 - sd^2) eps + sd z``, ``sd = sigma_t sin(eta pi / 2)``. eta = 0 is DDIM, eta = 1
+    keeps nothing but the prediction (the step of LCM and of flow models' stochastic sampling). The noise does not
+    shrink with the step: more steps are another process, not a finer one, and there is no order of convergence.
+    """
+    for s, t in grid.intervals():
+        x, m = trace.evaluate(x, s)
+        low = (
+            Node(t.t, t.alpha, t.sigma * math.cos(eta * math.pi / 2))
+            if eta != 1.0
+            else Node(t.t, t.alpha, 0.0)
+        )
+        x = renoise(trace, ddim(x, m, s, low), low, t, (s, t))
+    return x

@@ -1,0 +1,187 @@
+"""Exponential integrators of the reverse SDE: DPM-Solver++ SDE, multistep and two-stage, and its ancestral relatives.
+
+With ``h = lambda_t - lambda_s`` and ``k = 1 + eta`` the stochastic family of which eta = 0 is the ODE and eta = 1 the
+usual reverse SDE is
+
+``x_t = (sigma_t / sigma_s) e^{-eta h} x + alpha_t k int_0^h e^{-k (h - u)} x_0(u) du + sigma_t sqrt(1 - e^{-2 eta h}) z``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..schedules import Node, TimeGrid
+from .coefficients import moments
+from .dpm_solver import PAPER, SolverType
+from .registry import solver
+from .steps import ddim, renoise, step_length
+from .trace import Evaluation, Linear, Trace, combination
+
+KDIFFUSION = "k-diffusion, https://github.com/crowsonkb/k-diffusion"
+
+
+def _order(eta: float, **_: object) -> int:
+    """Strong order 1 with noise; without it the order of the ODE method."""
+    return 1 if eta > 0 else 2
+
+
+def _is_stochastic(eta: float, **_: object) -> bool:
+    return eta > 0
+
+
+@solver(
+    "dpmpp_2m_sde",
+    family="sde",
+    order=_order,
+    stochastic=_is_stochastic,
+    reference=PAPER,
+    aliases={"dpmpp_2m_sde_heun": "dpmpp_2m_sde:solver_type=heun", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde"},
+)
+def dpmpp_2m_sde(
+    trace: Trace,
+    x: Linear,
+    grid: TimeGrid,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: SolverType = "midpoint",
+) -> Linear:
+    """SDE-DPM-Solver++(2M).
+
+    With ``h' = (1 + eta) h`` in P_1 and P_2 and ``D1 = (m_0 - m_1) h / h_prev``: the integral is ``P_1 (m_0 + D1 / 2)``
+    for ``solver_type=midpoint``, ``P_1 m_0 + P_2 D1`` for ``heun``. ``s_noise`` scales the noise; eta = 0 is
+    ``dpmpp_2m``.
+    """
+    return _multistep(trace, x, grid, 2, eta, s_noise, solver_type)
+
+
+@solver(
+    "dpmpp_3m_sde",
+    family="sde",
+    order=_order,
+    stochastic=_is_stochastic,
+    reference=KDIFFUSION,
+    aliases={"dpmpp_3m_sde_gpu": "dpmpp_3m_sde"},
+)
+def dpmpp_3m_sde(
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Linear:
+    """SDE-DPM-Solver++(3M) of k-diffusion: as ``dpmpp_2m_sde:solver_type=heun`` with the third-order term.
+
+    ``P_1 m_0 + P_2 D1' + P_3 D2`` with the differences of ``dpmpp_3m``, half weight of D2 included. ``eta`` and
+    ``s_noise`` as there.
+    """
+    return _multistep(trace, x, grid, 3, eta, s_noise, "heun")
+
+
+def decay(eta: float, h: float) -> float:
+    """``e^{-eta h}``, also where h is infinite."""
+    return math.exp(-eta * h) if eta > 0.0 else 1.0
+
+
+def _multistep(
+    trace: Trace, x: Linear, grid: TimeGrid, order: int, eta: float, s_noise: float, solver_type: SolverType
+) -> Linear:
+    history: list[tuple[Node, Evaluation]] = []
+    for s, t in grid.intervals():
+        x, m = trace.evaluate(x, s)
+        history = [(s, m), *history][:order]
+        if t.sigma == 0.0:
+            return ddim(x, m, s, t)
+        h = step_length(s, t)
+        x = (t.sigma / s.sigma * decay(eta, h)) * x + t.alpha * _integral(
+            history, t, (1.0 + eta) * h, solver_type
+        )
+        if eta > 0.0:
+            x = x + (s_noise * t.sigma * math.sqrt(-math.expm1(-2.0 * eta * h))) * trace.noise(s, t)
+    return x
+
+
+def _integral(history: list[tuple[Node, Evaluation]], t: Node, h: float, solver_type: SolverType) -> Linear:
+    nodes, values = [n for n, _ in history], [e.denoised for _, e in history]
+    p1 = moments(h, 1, "denoised")[0]
+    if len(history) == 1 or not math.isfinite(h):
+        return p1 * values[0]
+    step = step_length(nodes[0], t)
+    r = [step_length(b, a) / step for a, b in zip(nodes, nodes[1:])]
+    d1 = (values[0] - values[1]) / r[0]
+    p2 = moments(h, 2, "denoised")[1] / h
+    if len(history) == 2:
+        return p1 * values[0] + (p1 / 2 if solver_type == "midpoint" else p2) * d1
+    d1_prev = (values[1] - values[2]) / r[1]
+    d2 = (d1 - d1_prev) / (r[0] + r[1])
+    p3 = moments(h, 3, "denoised")[2] / h**2
+    return combination((p1, values[0]), (p2, d1 + r[0] / (r[0] + r[1]) * (d1 - d1_prev)), (p3, d2))
+
+
+def ancestral_low(s: Node, t: Node, eta: float) -> Node:
+    """Where an ancestral step from s goes before noise brings it up to t: ``k_d^2 = k_t^2 - k_u^2``,
+    ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``, k = sigma / alpha.
+    """
+    share = min(1.0, eta**2 * (1.0 - (t.ratio / s.ratio) ** 2))
+    return Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - share))
+
+
+def _order_two_stage(eta: float, r: float = 0.5, **_: object) -> int:
+    return 1 if eta > 0 else 2
+
+
+@solver(
+    "dpmpp_sde",
+    family="sde",
+    order=_order_two_stage,
+    evaluations_per_step=2,
+    stochastic=_is_stochastic,
+    reference=PAPER,
+    aliases={"dpmpp_sde_gpu": "dpmpp_sde"},
+)
+def dpmpp_sde(
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
+) -> Linear:
+    """DPM-Solver++ SDE with two stages, as k-diffusion has it.
+
+    An ancestral DDIM step to ``lambda_s + r h``, then one over the whole interval with
+    ``(1 - 1/(2r)) x_0(s) + 1/(2r) x_0(m)``; each adds its own noise, scaled by ``s_noise``, to the level ``eta`` asks
+    for.
+    """
+    for s, t in grid.intervals():
+        x, m = trace.evaluate(x, s)
+        if t.sigma == 0.0 or s.alpha == 0.0:
+            low = ancestral_low(s, t, eta)
+            x = renoise(trace, ddim(x, m, s, low), low, t, (s, t), s_noise)
+            continue
+        middle = grid.between(s, t, r)
+        low = ancestral_low(s, middle, eta)
+        u = renoise(trace, ddim(x, m, s, low), low, middle, (s, middle), s_noise)
+        _, m_r = trace.evaluate(u, middle)
+        low = ancestral_low(s, t, eta)
+        weight = low.alpha * moments(step_length(s, low), 1, "denoised")[0] if low.sigma > 0.0 else low.alpha
+        x = ddim(x, m, s, low) + weight / (2 * r) * (m_r.denoised - m.denoised)
+        x = renoise(trace, x, low, t, (s, t), s_noise)
+    return x
+
+
+@solver(
+    "dpmpp_2s_ancestral",
+    family="sde",
+    order=_order_two_stage,
+    evaluations_per_step=2,
+    stochastic=_is_stochastic,
+    reference=KDIFFUSION,
+)
+def dpmpp_2s_ancestral(
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Linear:
+    """Two-stage DPM-Solver++ down to less noise, then fresh noise: ancestral sampling with ``eta`` and ``s_noise``.
+
+    With ``k_d`` of ``euler_ancestral``: DDIM to the middle of [s, d] in lambda, then DDIM from s to d with the
+    prediction made there.
+    """
+    for s, t in grid.intervals():
+        x, m = trace.evaluate(x, s)
+        low = ancestral_low(s, t, eta)
+        if low.sigma > 0.0 and s.alpha > 0.0:
+            middle = grid.between(s, low, 0.5)
+            _, m = trace.evaluate(ddim(x, m, s, middle), middle)
+        x = renoise(trace, ddim(x, m, s, low), low, t, (s, t), s_noise)
+    return x
