@@ -133,6 +133,9 @@ def _environment(plan: Plan, package: str, rank: int) -> dict[str, str]:
     root = str(Path(sys.modules[package].__file__ or ".").parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
+    # glibc gives every large block back to the system and takes it anew: a sixth of the time of a small network.
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 25))
     if plan.config.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = _visible_device(rank)
     return environment

@@ -21,9 +21,9 @@ from .trace import Linear, Trace
 def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 0.7) -> Linear:
     """Coefficients-preserving sampling: replace a share of the noise that is left by fresh noise.
 
-    ``x_t = alpha_t x_0 + sqrt(sigma_t^2 - sd^2) eps + sd z``, ``sd = sigma_t sin(eta pi / 2)``. eta = 0 is DDIM, eta = 1
-    keeps nothing but the prediction (the step of LCM and of flow models' stochastic sampling). The noise does not
-    shrink with the step: more steps are another process, not a finer one, and there is no order of convergence.
+    ``x_t = alpha_t x_0 + sqrt(sigma_t^2 - sd^2) eps + sd z``, ``sd = sigma_t sin(eta pi / 2)``. ``eta = 0`` is DDIM,
+    ``eta = 1`` keeps nothing but the prediction: the step of LCM and of flow models' stochastic sampling. The noise
+    does not shrink with the step; more steps are another process, not a finer one, and there is no order.
     """
     for s, t in grid.intervals():
         x, m = trace.evaluate(x, s)

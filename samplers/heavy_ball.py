@@ -18,8 +18,8 @@ from .trace import Linear, Trace, combination
 def weights(order: int, b: float) -> tuple[float, ...]:
     """Weights of the velocities, newest first: ``(b + (1 - b) D) sum_i a_i D^i / b`` in backward differences D.
 
-    The Adams-Bashforth series (a_i = 1, 1/2, 5/12, 3/8, 251/720) corrected for the filter ``v = (1 - b) v_prev + b eps``
-    and cut at ``order`` terms; at b = 1 Adams-Bashforth itself. They add up to one.
+    The Adams-Bashforth series (a_i = 1, 1/2, 5/12, 3/8, 251/720) corrected for the filter ``v = (1 - b) v_prev + b
+    eps`` and cut at ``order`` terms; at b = 1 Adams-Bashforth itself. They add up to one.
     """
     a = (1.0, 1 / 2, 5 / 12, 3 / 8, 251 / 720)[:order]
     # the inverse of the filter is (1 - (1 - b)(1 - D)) / b = (b + (1 - b) D) / b

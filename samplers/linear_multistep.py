@@ -46,9 +46,9 @@ def advance(x: Linear, slope: Linear, s: Node, t: Node) -> Linear:
 def ipndm(trace: Trace, x: Linear, grid: TimeGrid, *, order: int = 4, afs: bool = False) -> Linear:
     """Improved PNDM: Adams-Bashforth weights of a uniform grid on the noise predictions.
 
-    ``x_t / alpha_t = x_s / alpha_s + (k_t - k_s) sum_j c_j eps_j``, c = (3, -1)/2, (23, -16, 5)/12, (55, -59, 37, -9)/24
-    for ``order`` 2, 3, 4; lower at the start, DDIM to sigma = 0. ``afs`` (analytical first step) takes ``eps = x / sqrt(alpha^2 +
-    sigma^2)`` for the first evaluation, what data of unit variance have, and saves that call.
+    ``x_t / alpha_t = x_s / alpha_s + (k_t - k_s) sum_j c_j eps_j``, c = (3, -1) / 2, (23, -16, 5) / 12 and
+    (55, -59, 37, -9) / 24 for ``order`` 2, 3, 4; lower at the start, DDIM to sigma = 0. ``afs`` (analytical first step)
+    takes ``eps = x / sqrt(alpha^2 + sigma^2)`` for the first evaluation, what data of unit variance have, and saves it.
     """
     if not 1 <= order <= 4:
         raise ValueError(f"option 'order' of solver 'ipndm' must be 1 to 4, got {order}")

@@ -3,7 +3,8 @@
 With ``h = lambda_t - lambda_s`` and ``k = 1 + eta`` the stochastic family of which eta = 0 is the ODE and eta = 1 the
 usual reverse SDE is
 
-``x_t = (sigma_t / sigma_s) e^{-eta h} x + alpha_t k int_0^h e^{-k (h - u)} x_0(u) du + sigma_t sqrt(1 - e^{-2 eta h}) z``.
+* state   ``x_t = (sigma_t / sigma_s) e^{-eta h} x + alpha_t k I + sigma_t sqrt(1 - e^{-2 eta h}) z``
+* integral ``I = int_0^h e^{-k (h - u)} x_0(u) du``
 """
 
 from __future__ import annotations
