@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if __package__:  # pytest imports this file as a bare module where the checkout's name is not an identifier
     from . import schedules
     from .guidance import CFG, Denoiser
+    from .hosts import diffusers as _diffusers  # noqa: F401  saved pipelines name this module; diffusers is not loaded
     from .hosts.library import sample
     from .samplers import NumericalError, Program, Solver, Stepper, compile, solvers
     from .samplers import parse as solver

@@ -117,7 +117,10 @@ def evaluate(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", "-n", help="Samples a cell. Default: 1000 for digits-exact, 200 for digits-unet.")
+        int | None,
+        typer.Option(
+            "--samples", "-n", help="Samples a cell. Default: 1000 for digits-exact, 200 for digits-unet."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i starts from the noise of seed + i.")] = 0,
     out: Annotated[
@@ -224,7 +227,7 @@ def compare(
     are improvements.
     """
     from .compare import compare as run
-    from .table import comparison_table
+    from .table import comparison_tables
 
     result = run(a, b)
     if as_json:
@@ -233,8 +236,7 @@ def compare(
     console = Console(highlight=False)
     console.print(f"A  {a}\nB  {b}\n", soft_wrap=True)
     for panel in result["panels"]:
-        console.print(comparison_table(panel))
-        console.print()
+        console.print(comparison_tables(panel))
 
 
 @app.command("list")

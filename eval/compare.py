@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import Estimate, Moments, frechet, frechet_interval, mean_interval
+from .metrics import Estimate, Moments, frechet_interval, jackknife, mean_interval
 from .store import Store
 from .sweep import Cell, Panel, Plan
 
@@ -73,15 +73,11 @@ def _panel(plan_a: Plan, a: Panel, store_a: Store, plan_b: Plan, b: Panel, store
         if "features" in left and "features" in right and a.features:
             arrays, info = store_a.load_arrays(f"reference-{a.features}.safetensors")
             moments = Moments(info["count"], arrays["mean"], arrays["covariance"])
-            _, difference = frechet_interval(right["features"], moments, left["features"])
-            assert difference is not None
-            values = [frechet(Moments.of(x["features"]), moments) for x in (left, right)]
-            metrics["frechet"] = _entry(values[0], values[1], difference)
-        label = (
-            row_a.solver
-            if row_a.schedule == row_b.schedule
-            else f"{row_a.solver} ({row_a.schedule} -> {row_b.schedule})"
-        )
+            before, after = (jackknife(x["features"], moments) for x in (left, right))
+            metrics["frechet"] = _entry(before.value, after.value, frechet_interval(after, before))
+        label = row_a.solver
+        if row_a.schedule != row_b.schedule:
+            label += f" ({row_a.schedule} | {row_b.schedule})"
         found.append({"label": label, "budget": cell.budget, "metrics": metrics})
     return {"id": a.id, "samples": a.samples, "cells": found}
 
@@ -106,7 +102,7 @@ def _load(plan: Plan, panel: Panel, store: Store, cell: Cell) -> Mapping[str, np
 
 def _entry(a: float, b: float, difference: Estimate) -> dict[str, Any]:
     sure = math.isfinite(difference.low) and not difference.low <= 0.0 <= difference.high
-    verdict = "no difference seen" if not sure else "better" if difference.value < 0 else "worse"
+    verdict = "not resolved" if not sure else "better" if difference.value < 0 else "worse"
     if difference.value == 0.0 and not difference.low < difference.high:
         verdict = "identical"
     return {"a": a, "b": b, "difference": difference.to_json(), "verdict": verdict}

@@ -183,7 +183,10 @@ def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> li
     parts += [heading(title), Padding(_coefficient_table(facts, width), (0, 0, 0, 2))]
     parts += [
         Padding(
-            Text("x: start state, d0, d1, ...: denoised predictions in order, n...: noises", style="dim"),
+            Text(
+                "level: sigma / alpha; x: start state; d0, d1, ...: denoised predictions in order; n...: noises",
+                style="dim",
+            ),
             (0, 2),
         )
     ]
@@ -256,25 +259,23 @@ def _coefficient_table(facts: Mapping[str, Any], width: int) -> RenderableType:
 
     rows = facts["coefficients"]
     room = max(1, (width - 42) // 11)
-    most = max(sum(name != "x" for name in row["weights"]) for row in rows)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("state", no_wrap=True)
-    for column in ("t", "sigma/alpha", "x"):
+    for column in ("t", "level", "x"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column(
-        "predictions, newest first" + (f" ({room} of up to {most})" if most > room else ""), no_wrap=True
-    )
+    table.add_column("predictions, newest first", no_wrap=True)
     for row in rows:
         level = row["sigma"] / row["alpha"] if row.get("alpha") else math.inf
         at = [f"{row['t']:.4g}", f"{level:.4g}"] if "t" in row else ["", ""]
         weights = dict(row["weights"])
         start = weights.pop("x", None)
-        newest = list(weights.items())[::-1][:room]
+        newest = list(weights.items())[::-1]
+        more = "  ..." if len(newest) > room else ""
         table.add_row(
             row["state"],
             *at,
             "" if start is None else f"{start:+.4f}",
-            "  ".join(f"{weight:+.3f} [dim]{name}[/dim]" for name, weight in newest),
+            "  ".join(f"{weight:+.3f} [dim]{name}[/dim]" for name, weight in newest[:room]) + more,
         )
     return table
 

@@ -9,7 +9,8 @@ same numbers come out of a fresh run, of a resumed one and of ``fewstep report``
 ``mean_interval``     mean of d_i with the interval of Student's t
 ``median_interval``   median of d_i with the exact interval from order statistics
 ``frechet``           |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) between two Gaussians
-``frechet_interval``  the same from features, with the interval of a delete-a-group jackknife
+``jackknife``         the same from features, with its delete-a-group replicates
+``frechet_interval``  distance, or excess over a floor, with the interval of the jackknife
 ``share_interval``    share of successes with Wilson's interval
 ====================  =============================================================================================
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -194,83 +196,48 @@ class Moments:
         centred = f - mean
         return cls(len(f), mean, centred.T @ centred / (len(f) - 1))
 
+    @cached_property
+    def root(self) -> Array:
+        """Symmetric root of the covariance; negative eigenvalues are rounding and set to 0."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
 
-def frechet(a: Moments, b: Moments, root: Array | None = None) -> float:
+
+def frechet(a: Moments, b: Moments) -> float:
     """Fréchet (2-Wasserstein) distance squared between the Gaussians with these moments.
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 sum sqrt(max(0, eig(S2^1/2 S1 S2^1/2))). The product is symmetric, so its
     eigenvalues come from ``eigvalsh``; a general matrix root of S1 S2 would return complex rubbish where a
     covariance is nearly singular. Dowson and Landau, "The Frechet distance between multivariate normal
     distributions", 1982.
-
-    Args:
-        a, b: moments of the same dimension.
-        root: symmetric root of ``b.covariance`` (:func:`matrix_root`), where it is used many times.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features have dimensions {a.mean.shape[0]} and {b.mean.shape[0]}; they must agree")
-    r = matrix_root(b.covariance) if root is None else root
-    eig = np.linalg.eigvalsh(r @ a.covariance @ r)
+    eig = np.linalg.eigvalsh(b.root @ a.covariance @ b.root)
     cross = float(np.sqrt(np.clip(eig, 0.0, None)).sum())
     value = float(np.sum((a.mean - b.mean) ** 2)) + float(np.trace(a.covariance) + np.trace(b.covariance))
     return max(0.0, value - 2.0 * cross)
 
 
-def matrix_root(matrix: Array) -> Array:
-    """Symmetric root of a symmetric positive semi-definite matrix; negative eigenvalues are rounding and set to 0."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+class Jackknife(NamedTuple):
+    """A Fréchet distance, and the same without each group of samples in turn (None for too few samples)."""
+
+    value: float
+    parts: Array | None
 
 
-def frechet_interval(
-    features: ArrayLike,
-    reference: Moments,
-    floor_features: ArrayLike | None = None,
-    groups: int = 20,
-    level: float = LEVEL,
-) -> tuple[Estimate, Estimate | None]:
-    """Fréchet distance of features to a reference, with an interval; and its excess over a floor.
+def jackknife(features: ArrayLike, reference: Moments, groups: int = 20) -> Jackknife:
+    """The Fréchet distance of features (n, d) to a reference, with its delete-a-group replicates.
 
-    The interval is that of the delete-a-group jackknife: leave out one of ``groups`` runs of neighbours in
-    turn, s^2 = (g-1)/g sum (f_(j) - mean f_(.))^2, value +- t_(g-1) s. The usual bootstrap is not used, because
-    a resample repeats samples and its covariance is that of a smaller set: the distance is biased upwards by as
-    much again as its floor, and the percentile interval does not even contain the value.
-
-    Args:
-        features: (n, d) features of the samples.
-        reference: moments of the reference images.
-        floor_features: (n, d) features of the converged samples on the same indices. With them the second result is
-            the excess frechet(features) - frechet(floor), whose jackknife is paired.
-        groups: jackknife groups g; n < 2 g gives no interval.
-
-    Returns:
-        (distance, excess or None)
+    A group is a run of neighbouring indices, so that it holds all classes where labels cycle with the index.
+    n < 2 ``groups`` gives no replicates. Sums are taken once and a group's are subtracted.
     """
     f = np.asarray(features, np.float64)
-    root = matrix_root(reference.covariance)
-    value, parts = _jackknife(f, reference, root, groups)
-    distance = _jackknife_estimate(value, parts, level)
-    if floor_features is None:
-        return distance, None
-    floor = np.asarray(floor_features, np.float64)
-    if floor.shape != f.shape:
-        raise ValueError(
-            f"features have shape {f.shape}, the floor's have {floor.shape}; the indices must be the same"
-        )
-    floor_value, floor_parts = _jackknife(floor, reference, root, groups)
-    paired = None if parts is None or floor_parts is None else parts - floor_parts
-    return distance, _jackknife_estimate(value - floor_value, paired, level)
-
-
-def _jackknife(f: Array, reference: Moments, root: Array, groups: int) -> tuple[float, Array | None]:
-    """The distance of all rows, and of the rows without each group. Sums are taken once and a group's are subtracted,
-    which costs groups eigenvalue problems instead of groups passes over the data.
-    """
     whole = Moments.of(f)
-    value = frechet(whole, reference, root)
+    value = frechet(whole, reference)
     n = len(f)
     if n < 2 * groups:
-        return value, None
+        return Jackknife(value, None)
     centred = f - whole.mean
     square = whole.covariance * (n - 1)
     parts = np.empty(groups)
@@ -278,11 +245,22 @@ def _jackknife(f: Array, reference: Moments, root: Array, groups: int) -> tuple[
         left = n - len(group)
         shift = -group.sum(axis=0) / left  # mean of the rows left, relative to the mean of all
         covariance = (square - group.T @ group - left * np.outer(shift, shift)) / (left - 1)
-        parts[j] = frechet(Moments(left, whole.mean + shift, covariance), reference, root)
-    return value, parts
+        parts[j] = frechet(Moments(left, whole.mean + shift, covariance), reference)
+    return Jackknife(value, parts)
 
 
-def _jackknife_estimate(value: float, parts: Array | None, level: float) -> Estimate:
+def frechet_interval(sampled: Jackknife, floor: Jackknife | None = None, level: float = LEVEL) -> Estimate:
+    """A Fréchet distance with the interval of the delete-a-group jackknife; with a ``floor``, its excess over it.
+
+    s^2 = (g-1)/g sum (f_(j) - mean f_(.))^2, value +- t_(g-1) s. The excess is paired: both must be of the same
+    indices. The usual bootstrap is not used, because a resample repeats samples and its covariance is that of a smaller
+    set: the distance is biased upwards by as much again as its floor, and the percentile interval does not even
+    contain the value.
+    """
+    value, parts = sampled
+    if floor is not None:
+        value -= floor.value
+        parts = None if parts is None or floor.parts is None else parts - floor.parts
     if parts is None:
         return Estimate(value, math.nan, math.nan)
     g = len(parts)

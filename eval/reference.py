@@ -1,9 +1,12 @@
 """The converged solution: where each start noise leads when the probability-flow ODE is solved to the end.
 
-It is the same network, the same guidance and the same noise, run by a high-order solver with many steps. A
-second run with half as many steps on part of the samples gives the distance between the two resolutions: no
-number of the table is meaningful below it. For a converging method it is an upper bound of the reference's own
-error (about (2^p - 1) times the error at order p).
+It is the same network, the same guidance and the same noise, run by a high-order solver with many steps down to the
+cleanest level that the model was trained at, and by one step (DDIM) from there to no noise. Below that level a model is
+given a time it does not mean, so going further would not be nearer to anything.
+
+A second run with half as many steps on part of the samples gives the distance between the two resolutions: no number
+of the table is meaningful below it. For a converging method it is an upper bound of the reference's own error (about
+2^p - 1 times it at order p).
 """
 
 from __future__ import annotations

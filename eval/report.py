@@ -226,6 +226,8 @@ def _chart_data(panel: Mapping[str, Any], strips: Strips) -> dict[str, Any]:
 # foot -------------------------------------------------------------------------------------------------------------
 
 NOTES = (
+    "<b>Converged solution</b>: a high-order solver with many steps down to the cleanest level the model was "
+    "trained at, then one step to no noise.",
     "<b>Resolution</b>: the converged solution has an error of its own. Shown is its distance to a run with half as "
     "many steps, which is more than that error; distances near it are not resolved.",
     "<b>Floor</b>: the Fréchet distance of finitely many converged samples to the reference images. It is not zero, "

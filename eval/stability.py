@@ -63,7 +63,7 @@ class Region:
         if np.isnan(low):
             return "unstable on the real axis"
         start = f"below {self.real[0]:g}" if low <= self.real[0] + 1e-9 else f"{low:.2f}"
-        return f"stable on the real axis from {start} to {high:.2f}"
+        return f"stable on the real axis from {start} to {abs(high) if abs(high) < 0.005 else high:.2f}"
 
 
 def growth(solver: str, step: float, z: NDArray[np.complex128]) -> NDArray[np.float64]:

@@ -9,8 +9,10 @@ import numpy as np
 
 from .metrics import (
     Estimate,
+    Jackknife,
     Moments,
     frechet_interval,
+    jackknife,
     mean_interval,
     median_interval,
     rms_distance,
@@ -27,7 +29,7 @@ class Summary:
     def __init__(self, plan: Plan, panel: Panel, store: Store) -> None:
         self.panel, self.store, self.size = panel, store, plan.config.chunk
         self.reference_job, self.check_job = jobs(panel)[:2]
-        self._floor: np.ndarray | None = None
+        self._converged: Jackknife | None = None
         self._moments: Moments | None = None
 
     def complete(self, key: str, chunks: Iterable[Chunk]) -> bool:
@@ -63,7 +65,7 @@ class Summary:
         head["reference"]["nfe"] = infos[0]["nfe"]
         head["reference"]["ms_per_sample"] = _time(infos).value
         if "features" in arrays:
-            head["floor"] = frechet_interval(arrays["features"], self._reference_moments())[0].to_json()
+            head["floor"] = frechet_interval(self._floor()).to_json()
             head["features"] = {"fingerprint": panel.features, "reference_count": self._reference_moments().count,
                                 "dimension": arrays["features"].shape[1]}  # fmt: skip
         head["agreement"] = _agreement(arrays)
@@ -99,10 +101,10 @@ class Summary:
             result["rms"] = mean_interval(arrays["distance"]).to_json()
             result["rms_median"] = median_interval(arrays["distance"]).to_json()
         if "features" in arrays:
-            floor = self._floor_features() if self.complete(self.panel.reference.key, parts) else None
-            distance, excess = frechet_interval(arrays["features"], self._reference_moments(), floor)
-            result["frechet"] = distance.to_json()
-            result["frechet_excess"] = excess.to_json() if excess else None
+            sampled = jackknife(arrays["features"], self._reference_moments())
+            result["frechet"] = frechet_interval(sampled).to_json()
+            if self.complete(self.panel.reference.key, parts):
+                result["frechet_excess"] = frechet_interval(sampled, self._floor()).to_json()
         if (agreement := _agreement(arrays)) is not None:
             result["agreement"] = agreement
         result["ms_per_sample"] = _time(infos).to_json()
@@ -136,11 +138,12 @@ class Summary:
             self._moments = Moments(info["count"], arrays["mean"], arrays["covariance"])
         return self._moments
 
-    def _floor_features(self) -> np.ndarray:
-        if self._floor is None:
+    def _floor(self) -> Jackknife:
+        """The Fréchet distance of the converged samples."""
+        if self._converged is None:
             arrays, _ = self.store.load_chunks(self.panel.reference.key, self.panel.chunks(self.size))
-            self._floor = arrays["features"]
-        return self._floor
+            self._converged = jackknife(arrays["features"], self._reference_moments())
+        return self._converged
 
 
 def _agreement(arrays: Mapping[str, np.ndarray]) -> dict[str, float | None] | None:

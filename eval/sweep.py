@@ -24,7 +24,7 @@ from .targets import Target, load_target
 DEFAULT_MODELS = ("builtin:digits-exact", "builtin:digits-unet")
 DEFAULT_SOLVERS = (
     "euler",
-    "heun",
+    "heun:frame=flow",
     "dpmpp_2m",
     "dpmpp_3m",
     "unipc:order=2",

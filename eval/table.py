@@ -101,28 +101,21 @@ def _word(value: Any) -> str:
     return str(value).replace("``", "")  # the code marks of docstrings
 
 
-def comparison_table(panel: Mapping[str, Any]) -> Table:
-    """Paired differences of one panel: what B changed against A."""
-    table = Table(
-        box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold"
-    )
-    table.title = panel["id"]
-    for heading in ("solver", "NFE", "metric", "A", "B", "B - A", ""):
-        table.add_column(
-            heading, justify="left" if heading in ("solver", "metric", "") else "right", no_wrap=True
-        )
+def comparison_tables(panel: Mapping[str, Any]) -> RenderableType:
+    """Paired differences of one panel, a table a metric: what B changed against A."""
+    parts: list[RenderableType] = []
     styles = {"better": "green", "worse": "red"}
-    for row in panel["cells"]:
-        for metric, d in row["metrics"].items():
-            difference = f"{d['difference']['value']:+.3g} {half_width(d['difference'])}"
-            verdict = Text(d["verdict"], style=styles.get(d["verdict"], "dim"))
-            table.add_row(
-                Text(row["label"]),
-                str(row["budget"]),
-                LABEL[metric],
-                number(d["a"]),
-                number(d["b"]),
-                difference,
-                verdict,
-            )
-    return table
+    for metric in dict.fromkeys(m for row in panel["cells"] for m in row["metrics"]):
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in ("", "NFE", "A", "B", "B - A"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column("")
+        for row in panel["cells"]:
+            if metric in row["metrics"]:
+                d = row["metrics"][metric]
+                difference = f"{d['difference']['value']:+.3g} {half_width(d['difference'])}"
+                verdict = Text(d["verdict"], style=styles.get(d["verdict"], "dim"))
+                values = (str(row["budget"]), number(d["a"]), number(d["b"]), difference)
+                table.add_row(Text(row["label"]), *values, verdict)
+        parts += [Text.assemble((panel["id"], "bold"), f"  {LABEL[metric]}"), table, Text()]
+    return Group(*parts)

@@ -14,14 +14,17 @@ def combine(terms: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
     The result has the promoted dtype of the tensors; 16-bit ones accumulate in fp32 and are rounded once. One pass a
     term and no read of a device value by the host.
     """
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor, _ in terms))
+    dtypes = {tensor.dtype for tensor, _ in terms}
+    dtype = dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, (t.dtype for t, _ in terms))
     work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     (first, coef), *rest = terms
+    if first.dtype != work:
+        first = first.to(work)
     if coef == 1.0 and rest:  # saves a pass: x + c y is one operator
         (second, factor), *rest = rest
-        total = torch.add(first.to(work), second.to(work), alpha=factor)
+        total = torch.add(first, second, alpha=factor)
     else:
-        total = torch.mul(first.to(work), coef)
+        total = torch.mul(first, coef)
     for tensor, factor in rest:
         total.add_(tensor, alpha=factor)
-    return total.to(dtype)
+    return total if dtype == work else total.to(dtype)

@@ -50,7 +50,7 @@ def dpmpp_2m_sde(
     """SDE-DPM-Solver++(2M).
 
     With ``h' = (1 + eta) h`` in P_1 and P_2 and ``D1 = (m_0 - m_1) h / h_prev``: the integral is ``P_1 (m_0 + D1 / 2)``
-    for ``solver_type=midpoint``, ``P_1 m_0 + P_2 D1`` for ``heun``. ``s_noise`` scales the noise; eta = 0 is
+    for ``solver_type=midpoint``, ``P_1 m_0 + P_2 D1`` for ``heun``. ``s_noise`` scales the noise; ``eta = 0`` is
     ``dpmpp_2m``.
     """
     return _multistep(trace, x, grid, 2, eta, s_noise, solver_type)
@@ -141,7 +141,7 @@ def dpmpp_sde(
 ) -> Linear:
     """DPM-Solver++ SDE with two stages, as k-diffusion has it.
 
-    An ancestral DDIM step to ``lambda_s + r h``, then one over the whole interval with
+    An ancestral DDIM step to ``lambda_s + r h`` (option ``r``), then one over the whole interval with
     ``(1 - 1/(2r)) x_0(s) + 1/(2r) x_0(m)``; each adds its own noise, scaled by ``s_noise``, to the level ``eta`` asks
     for.
     """

@@ -76,10 +76,16 @@ def start_and_truth() -> tuple[np.ndarray, np.ndarray]:
     return start, y
 
 
+class CoarseBrownianNoise(BrownianNoise):
+    """Resolves the path down to 1 / 16384 of an octave, far below the steps taken here, in half the time."""
+
+    DEPTH = 14
+
+
 def solve(program: Program, grid: TimeGrid, seed: int = 0) -> np.ndarray:
     """The result of a program on the mixture, in the frame x / alpha; noise on one Brownian path."""
     x = torch.from_numpy(start_and_truth()[0][None]) * grid[0].alpha
-    stepper = Stepper(program, x, BrownianNoise([seed]))
+    stepper = Stepper(program, x, CoarseBrownianNoise([seed]))
     model = getattr(mixture(), program.prediction)
     while not stepper.done:
         node = stepper.node
