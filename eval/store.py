@@ -102,8 +102,12 @@ class Store:
             raise ValueError(f"cannot write to the results folder {self.folder}: {reason}") from None
 
     def tidy(self) -> None:
-        """Remove temporary files that a killed run left behind."""
-        for stray in [*self.folder.glob(".*.tmp"), *self.folder.glob("chunks/*/.*.tmp")]:
+        """Remove temporary files and logs that a killed run left behind."""
+        for stray in [
+            *self.folder.glob(".*.tmp"),
+            *self.folder.glob("chunks/*/.*.tmp"),
+            *self.folder.glob("worker-*.log"),
+        ]:
             stray.unlink(missing_ok=True)
 
     # chunks -----------------------------------------------------------------------------------------------------
