@@ -109,7 +109,7 @@ class Summary:
             result["agreement"] = agreement
         result["ms_per_sample"] = _time(infos).to_json()
         if len({row.tobytes() for row in arrays["sha256"]}) < self.panel.samples:
-            result["message"] = "some samples are identical"
+            result["message"] = f"{row.label} at NFE {cell.budget}: some samples are identical"
         return result
 
     def images(self, key: str) -> np.ndarray | None:

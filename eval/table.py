@@ -46,7 +46,7 @@ def notes(panel: Mapping[str, Any]) -> list[str]:
     """What the marks of a panel mean, one line each."""
     lines = []
     for cell in panel["cells"]:
-        if cell["status"] in ("unreachable", "failed") and cell["message"] not in lines:
+        if cell.get("message") and cell["message"] not in lines:
             lines.append(cell["message"])
     if any(row["stochastic"] for row in panel["rows"]):
         names = ", ".join(row["label"] for row in panel["rows"] if row["stochastic"])

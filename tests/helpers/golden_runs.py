@@ -124,8 +124,10 @@ def _skip_grid(meta: Any) -> TimeGrid:
 
 def _dpm(case: Case) -> Run | None:
     meta = case.meta
-    if meta["method"] != "multistep" or meta["order"] not in (2, 3):
+    if meta["method"] != "multistep" or meta["order"] > 3:
         return None
+    if meta["order"] == 1:
+        return Run("ddim", _skip_grid(meta), {}, "epsilon", denoise=meta["denoise_to_zero"])
     options = {
         "form": "denoised" if meta["algorithm"] == "dpmsolver++" else "epsilon",
         "solver_type": {"dpmsolver": "midpoint", "taylor": "heun"}[meta["solver_type"]],
@@ -136,8 +138,10 @@ def _dpm(case: Case) -> Run | None:
     )
 
 
-def _unipc(case: Case) -> Run:
+def _unipc(case: Case) -> Run | None:
     meta = case.meta
+    if meta["corrector_last_step"]:  # costs an evaluation that nothing uses; not offered
+        return None
     options = {
         "order": meta["order"],
         "variant": {"vary_coeff": "vary"}.get(meta["variant"], meta["variant"]),
