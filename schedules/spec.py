@@ -108,7 +108,7 @@ def _describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("none" if a is type(None) else _describe(a) for a in args)
     if origin is tuple:
-        return f"{_describe(args[0])}s separated by '/'"
+        return {int: "integers", float: "numbers"}.get(args[0], "words") + " separated by '/'"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(
         annotation, str(annotation)
     )
