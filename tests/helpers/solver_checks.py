@@ -35,7 +35,10 @@ def variants() -> list[str]:
             values: tuple = ()
             if get_origin(option.annotation) is Literal:
                 values = get_args(option.annotation)
-            elif option.annotation is bool and key not in ("final_index", "afs"):  # not another way to the same result
+            elif option.annotation is bool and key not in (
+                "final_index",
+                "afs",
+            ):  # not another way to the same result
                 values = (False, True)
             elif key == "order":
                 values = (1, 2, 3, 4)
