@@ -106,7 +106,7 @@ def test_mistakes_are_named() -> None:
         (("euler", 4, "karras", "vp", -1.0), "must be positive"),
     ]:
         with pytest.raises(ValueError, match=message):
-            explain.explain(*arguments)  # type: ignore[arg-type]
+            explain.explain(*arguments)
 
 
 def test_pictures() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def sample(spec: str, steps: int, schedule: str) -> tuple[torch.Tensor, int]:
     model = load_model("builtin:digits-unet")
     denoiser, noise_schedule = model.denoiser(INDICES), model.noise_schedule
     start = model.noise(INDICES) * float(noise_schedule.alpha_sigma_at(noise_schedule.level_max)[1])
-    levels = np.geomspace(noise_schedule.level_max, 0.05, steps + 1) if schedule == "to 0.05" else None
-    grid = {"sigmas": levels} if schedule == "to 0.05" else {"steps": steps, "schedule": schedule}
+    grid: dict[str, Any] = {"steps": steps, "schedule": schedule}
+    if schedule == "to 0.05":
+        grid = {"sigmas": np.geomspace(noise_schedule.level_max, 0.05, steps + 1)}
     return fs.sample(denoiser, start, spec, **grid), denoiser.nfe // len(INDICES)
 
 
