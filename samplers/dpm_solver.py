@@ -98,21 +98,31 @@ def _multistep(
 def _step(
     x: Linear, m: Evaluation, history: list[tuple[Node, Linear]], t: Node, form: Form, solver_type: SolverType
 ) -> Linear:
-    nodes, values = [n for n, _ in history], [v for _, v in history]
-    s, h = nodes[0], step_length(nodes[0], t)
+    s, h = history[0][0], step_length(history[0][0], t)
     if len(history) == 1 or not math.isfinite(h):
         return ddim(x, m, s, t, form)
+    return propagate(x, s, t, form) + scale(t, form) * integral(history, t, h, form, solver_type)
+
+
+def integral(
+    history: list[tuple[Node, Linear]], t: Node, h: float, form: Form, solver_type: SolverType
+) -> Linear:
+    """``P_1 m_0 + ...`` through one to three newest predictions, with P_1, P_2, P_3 of length ``h``.
+
+    ``h`` is the step in lambda for the ODE and (1 + eta) times that for the SDE; the r are ratios of steps in lambda.
+    """
+    nodes, values = [n for n, _ in history], [v for _, v in history]
+    p1 = moments(h, 1, form)[0]
+    if len(history) == 1 or not math.isfinite(h):
+        return p1 * values[0]
     # Distances may be infinite (a node without signal): every quotient below then has its limit, 0.
-    r = [step_length(b, a) / h for a, b in zip(nodes, nodes[1:])]
+    step = step_length(nodes[0], t)
+    r = [step_length(b, a) / step for a, b in zip(nodes, nodes[1:])]
     d1 = (values[0] - values[1]) / r[0]
+    p2 = moments(h, 2, form)[1] / h
     if len(history) == 2:
-        p1, p2 = moments(h, 1, form)[0], moments(h, 2, form)[1] / h
-        weights = (p1, p1 / 2) if solver_type == "midpoint" else (p1, p2)
-        return propagate(x, s, t, form) + scale(t, form) * combination(
-            (weights[0], values[0]), (weights[1], d1)
-        )
-    p1, p2, p3 = (p / h**j for j, p in enumerate(moments(h, 3, form)))
+        return p1 * values[0] + (p1 / 2 if solver_type == "midpoint" else p2) * d1
     d1_prev = (values[1] - values[2]) / r[1]
     d2 = (d1 - d1_prev) / (r[0] + r[1])
-    slope = d1 + r[0] / (r[0] + r[1]) * (d1 - d1_prev)
-    return propagate(x, s, t, form) + scale(t, form) * combination((p1, values[0]), (p2, slope), (p3, d2))
+    p3 = moments(h, 3, form)[2] / h**2
+    return combination((p1, values[0]), (p2, d1 + r[0] / (r[0] + r[1]) * (d1 - d1_prev)), (p3, d2))

@@ -6,7 +6,7 @@ import math
 
 from ..schedules import Node, TimeGrid
 from .registry import solver
-from .steps import FrameName, churn, ddim, frame_name, renoise
+from .steps import FrameName, ancestral_low, churn, ddim, frame_name, renoise
 from .trace import Linear, Trace
 
 
@@ -65,14 +65,9 @@ def ddim_eta(
         if stride:
             t = _strided(grid, s.t - stride, final_index)
         x, m = trace.evaluate(x, s)
-        low = Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - eta**2 * _spread(s, t)))
+        low = ancestral_low(s, t, eta)
         x = renoise(trace, ddim(x, m, s, low), low, t, (s, t))
     return x
-
-
-def _spread(s: Node, t: Node) -> float:
-    """``1 - (k_t / k_s)^2``: the share of the noise at t that an ancestral step may replace."""
-    return 1.0 - (t.ratio / s.ratio) ** 2
 
 
 def _strided(grid: TimeGrid, index: float, final_index: bool) -> Node:
@@ -108,10 +103,8 @@ def euler_ancestral(
         x, m = trace.evaluate(x, s)
         if t.sigma == 0.0:
             return ddim(x, m, s, t)
-        if frame_name(frame, grid) == "flow":
-            low = _flow_node(s, t, eta)
-        else:
-            low = Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - min(1.0, eta**2 * _spread(s, t))))
+        flow = frame_name(frame, grid) == "flow"
+        low = _flow_node(s, t, eta) if flow else ancestral_low(s, t, eta)
         x = renoise(trace, ddim(x, m, s, low), low, t, (s, t), s_noise)
     return x
 

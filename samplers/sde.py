@@ -15,8 +15,8 @@ from ..schedules import Node, TimeGrid
 from .coefficients import moments
 from .dpm_solver import PAPER, SolverType
 from .registry import solver
-from .steps import ddim, renoise, step_length
-from .trace import Evaluation, Linear, Trace, combination
+from .steps import ancestral_low, ddim, renoise, step_length
+from .trace import Linear, Trace
 
 KDIFFUSION = "k-diffusion, https://github.com/crowsonkb/k-diffusion"
 
@@ -83,44 +83,19 @@ def decay(eta: float, h: float) -> float:
 def _multistep(
     trace: Trace, x: Linear, grid: TimeGrid, order: int, eta: float, s_noise: float, solver_type: SolverType
 ) -> Linear:
-    history: list[tuple[Node, Evaluation]] = []
+    history: list[tuple[Node, Linear]] = []
     for s, t in grid.intervals():
         x, m = trace.evaluate(x, s)
-        history = [(s, m), *history][:order]
+        history = [(s, m.denoised), *history][:order]
         if t.sigma == 0.0:
             return ddim(x, m, s, t)
         h = step_length(s, t)
-        x = (t.sigma / s.sigma * decay(eta, h)) * x + t.alpha * _integral(
-            history, t, (1.0 + eta) * h, solver_type
+        x = (t.sigma / s.sigma * decay(eta, h)) * x + t.alpha * integral(
+            history, t, (1.0 + eta) * h, "denoised", solver_type
         )
         if eta > 0.0:
             x = x + (s_noise * t.sigma * math.sqrt(-math.expm1(-2.0 * eta * h))) * trace.noise(s, t)
     return x
-
-
-def _integral(history: list[tuple[Node, Evaluation]], t: Node, h: float, solver_type: SolverType) -> Linear:
-    nodes, values = [n for n, _ in history], [e.denoised for _, e in history]
-    p1 = moments(h, 1, "denoised")[0]
-    if len(history) == 1 or not math.isfinite(h):
-        return p1 * values[0]
-    step = step_length(nodes[0], t)
-    r = [step_length(b, a) / step for a, b in zip(nodes, nodes[1:])]
-    d1 = (values[0] - values[1]) / r[0]
-    p2 = moments(h, 2, "denoised")[1] / h
-    if len(history) == 2:
-        return p1 * values[0] + (p1 / 2 if solver_type == "midpoint" else p2) * d1
-    d1_prev = (values[1] - values[2]) / r[1]
-    d2 = (d1 - d1_prev) / (r[0] + r[1])
-    p3 = moments(h, 3, "denoised")[2] / h**2
-    return combination((p1, values[0]), (p2, d1 + r[0] / (r[0] + r[1]) * (d1 - d1_prev)), (p3, d2))
-
-
-def ancestral_low(s: Node, t: Node, eta: float) -> Node:
-    """Where an ancestral step from s goes before noise brings it up to t: ``k_d^2 = k_t^2 - k_u^2``,
-    ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``, k = sigma / alpha.
-    """
-    share = min(1.0, eta**2 * (1.0 - (t.ratio / s.ratio) ** 2))
-    return Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - share))
 
 
 def _order_two_stage(eta: float, r: float = 0.5, **_: object) -> int:

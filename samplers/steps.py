@@ -82,6 +82,14 @@ def renoise(
     return ratio * x + (s_noise * math.sqrt(variance)) * trace.noise(*key)
 
 
+def ancestral_low(s: Node, t: Node, eta: float) -> Node:
+    """Where an ancestral step from s goes before noise brings it up to t: ``k_d^2 = k_t^2 - k_u^2``,
+    ``k_u = min(k_t, eta k_t sqrt(1 - (k_t / k_s)^2))``, k = sigma / alpha.
+    """
+    share = min(1.0, eta**2 * (1.0 - (t.ratio / s.ratio) ** 2))
+    return Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - share))
+
+
 def churn(
     trace: Trace,
     x: Linear,
