@@ -13,7 +13,7 @@ import math
 
 from ..schedules import Node, TimeGrid
 from .coefficients import moments
-from .dpm_solver import PAPER, SolverType
+from .dpm_solver import PAPER, SolverType, integral
 from .registry import solver
 from .steps import ancestral_low, ddim, renoise, step_length
 from .trace import Linear, Trace
