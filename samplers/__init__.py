@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  registers the families
     deis,
+    dpm_singlestep,
     dpm_solver,
     euler,
     flow_sde,

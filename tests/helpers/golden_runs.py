@@ -16,6 +16,7 @@ from golden_files import Case
 
 import fewstep as fs
 from fewstep.samplers import Stepper
+from fewstep.samplers.dpm_singlestep import groups
 from fewstep.schedules import EDM, VP, Flow, Node, NoiseSchedule, TimeGrid, VPContinuous
 
 
@@ -122,8 +123,29 @@ def _skip_grid(meta: Any) -> TimeGrid:
     return TimeGrid.from_times(schedule, times)
 
 
+def _singlestep_grid(meta: Any) -> TimeGrid:
+    """Stages and steps as nodes: in lambda every step is as long as every other, however many stages it has."""
+    meta = dict(meta)
+    if meta["method"] == "singlestep_fixed":
+        meta["n"] = meta["n"] // meta["order"] * meta["order"]
+    elif meta["skip_type"] == "logSNR":
+        sizes = groups(meta["n"], meta["order"], False)
+        ends = np.log(_skip_grid({**meta, "n": len(sizes)}).level)
+        levels = [np.exp(np.linspace(a, b, k + 1)[:-1]) for a, b, k in zip(ends, ends[1:], sizes)]
+        return TimeGrid.from_levels(_vp(meta), np.append(np.concatenate(levels), np.exp(ends[-1])))
+    return _skip_grid(meta)
+
+
 def _dpm(case: Case) -> Run | None:
     meta = case.meta
+    if meta["method"].startswith("singlestep") and meta["order"] in (2, 3):
+        solver_type = {"dpmsolver": "midpoint", "taylor": "heun"}[meta["solver_type"]]
+        form = "denoised" if meta["algorithm"] == "dpmsolver++" else "epsilon"
+        options: dict[str, Any] = {"form": form, "solver_type": solver_type}
+        if meta["order"] == 3:
+            options["lower_order_final"] = meta["method"] != "singlestep_fixed"
+        spec = f"dpmpp_{meta['order']}s"
+        return Run(spec, _singlestep_grid(meta), options, "epsilon", denoise=meta["denoise_to_zero"])
     if meta["method"] != "multistep" or meta["order"] > 3:
         return None
     if meta["order"] == 1:
@@ -174,6 +196,8 @@ def _kd(case: Case) -> Run | None:
     solver = {
         "sample_euler": "euler",
         "sample_heun": "heun",
+        "sample_dpm_2": "dpm_2",
+        "sample_dpm_2_ancestral": "dpm_2_ancestral",
         "sample_euler_ancestral": "euler_ancestral",
         "sample_dpmpp_2m": "dpmpp_2m",
         "sample_lms": "deis",
@@ -230,6 +254,9 @@ def _cps(case: Case) -> Run:
 
 
 def _zju(case: Case) -> Run | None:
+    if case.meta["fn"] == "dpm_2_sampler":
+        options = {"r": case.meta["kwargs"].get("r", 0.5)}
+        return Run("dpm_2", TimeGrid.from_levels(EDM(), case["sigmas"]), options)
     if case.meta["fn"] == "ipndm_sampler":
         kwargs = case.meta["kwargs"]
         options = {"order": kwargs.get("max_order", 4), "afs": kwargs.get("afs", False)}
@@ -270,6 +297,8 @@ def _df(case: Case) -> Run | None:
             return Run("euler", grid, {}, prediction)
         case "EulerAncestralDiscreteScheduler":
             return Run("euler_ancestral", grid, {}, prediction)
+        case "KDPM2DiscreteScheduler":
+            return Run("dpm_2", grid, {}, prediction)
         case "HeunDiscreteScheduler" | "FlowMatchHeunDiscreteScheduler":
             return Run("heun", grid, {}, prediction)
         case "LMSDiscreteScheduler":
@@ -286,6 +315,13 @@ def _df(case: Case) -> Run | None:
                 "lower_order_final": config.get("lower_order_final", True),
             }
             return Run("unipc", grid, options, prediction)
+        case "DPMSolverSinglestepScheduler" if order in (2, 3):
+            options: dict[str, Any] = {
+                "solver_type": config.get("solver_type", "midpoint"),
+                "inner": "midpoint",
+            }
+            options["lower_order_final"] = config.get("lower_order_final", True)
+            return Run(f"dpmpp_{order}s", grid, options if order == 3 else {}, prediction)
         case "DPMSolverMultistepScheduler" | "EDMDPMSolverMultistepScheduler":
             algorithm = config.get("algorithm_type", "dpmsolver++")
             if algorithm == "sde-dpmsolver++" and order == 2:
