@@ -28,7 +28,7 @@ def weights(order: int, b: float) -> tuple[float, ...]:
 
 
 def _order(order: float, **_: object) -> int:
-    return 1 if order < 1.5 and order != 1.0 or order <= 1.0 else 2
+    return 1 if order <= 1.0 else 2
 
 
 @solver("ghvb", family="heavy_ball", order=_order, reference=MOMENTUM)

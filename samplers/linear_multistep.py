@@ -26,9 +26,9 @@ MOMENTUM = (
 )
 
 
-def _order(order: int, **_: object) -> int:
-    """The first step is Euler's, which caps a multistep method at two."""
-    return min(order, 2)
+def _order(order: int, afs: bool, **_: object) -> int:
+    """The first step is Euler's, which caps a multistep method at two; a slope that is assumed leaves one."""
+    return 1 if afs else min(order, 2)
 
 
 def advance(x: Linear, slope: Linear, s: Node, t: Node) -> Linear:

@@ -247,13 +247,9 @@ class Program:
 
 def reads(op: Op) -> tuple[int, ...]:
     """The registers an operation reads."""
-    match op:
-        case Combine(terms=terms):
-            return tuple(src for src, _ in terms)
-        case Evaluate(src=src):
-            return (src,)
-        case _:
-            return ()
+    if isinstance(op, Combine):
+        return tuple([src for src, _ in op.terms])
+    return (op.src,) if isinstance(op, Evaluate) else ()
 
 
 def _fields(op: Op) -> list[Any]:
