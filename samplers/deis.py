@@ -36,7 +36,7 @@ def _order(order: int, **_: object) -> int:
         "deis_rhoab1": "deis:order=2,variable=rho",
         "deis_rhoab2": "deis:order=3,variable=rho",
         "deis_rhoab3": "deis:order=4,variable=rho",
-        "deis_multistep": "deis:variable=log_rho,lower_order_final=true",
+        "deis_multistep": "deis:order=2,variable=log_rho,lower_order_final=true",
         "lms": "deis:order=4,variable=rho",
     },
 )

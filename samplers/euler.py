@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..schedules import Node, TimeGrid
+from ..schedules.spec import NonNegative
 from .registry import solver
 from .steps import FrameName, ancestral_low, churn, ddim, frame_name, renoise
 from .trace import Linear, Trace
@@ -23,10 +24,10 @@ def euler(
     x: Linear,
     grid: TimeGrid,
     *,
-    churn: float = 0.0,
+    churn: NonNegative = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
-    s_noise: float = 1.0,
+    s_noise: NonNegative = 1.0,
 ) -> Linear:
     """Euler's method, optionally with EDM churn; without churn the same as DDIM in every frame.
 
@@ -51,7 +52,13 @@ _churn = churn  # the option of the same name hides the function inside the solv
     reference="Denoising Diffusion Implicit Models, https://arxiv.org/abs/2010.02502",
 )
 def ddim_eta(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 0.0, stride: int = 0, final_index: bool = False
+    trace: Trace,
+    x: Linear,
+    grid: TimeGrid,
+    *,
+    eta: NonNegative = 0.0,
+    stride: int = 0,
+    final_index: bool = False,
 ) -> Linear:
     """DDIM: deterministic for ``eta = 0``, DDPM's ancestral sampling for ``eta = 1``.
 
@@ -89,8 +96,8 @@ def euler_ancestral(
     x: Linear,
     grid: TimeGrid,
     *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
+    eta: NonNegative = 1.0,
+    s_noise: NonNegative = 1.0,
     frame: FrameName = "auto",
 ) -> Linear:
     """Euler to less noise than asked for, then fresh noise up to the asked level.

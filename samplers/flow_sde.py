@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..schedules import Node, TimeGrid
+from ..schedules.spec import Fraction
 from .registry import solver
 from .steps import ddim, renoise
 from .trace import Linear, Trace
@@ -18,7 +19,7 @@ from .trace import Linear, Trace
     aliases={"lcm": "cps:eta=1", "flow_match_euler_stochastic": "cps:eta=1"},
     reference="FlowCPS, https://github.com/IamCreateAI/FlowCPS",
 )
-def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 0.7) -> Linear:
+def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: Fraction = 0.7) -> Linear:
     """Coefficients-preserving sampling: replace a share of the noise that is left by fresh noise.
 
     ``x_t = alpha_t x_0 + sqrt(sigma_t^2 - sd^2) eps + sd z``, ``sd = sigma_t sin(eta pi / 2)``. ``eta = 0`` is DDIM,
@@ -27,10 +28,6 @@ def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 0.7) -> Linear:
     """
     for s, t in grid.intervals():
         x, m = trace.evaluate(x, s)
-        low = (
-            Node(t.t, t.alpha, t.sigma * math.cos(eta * math.pi / 2))
-            if eta != 1.0
-            else Node(t.t, t.alpha, 0.0)
-        )
+        low = Node(t.t, t.alpha, t.sigma * math.sqrt(1.0 - math.sin(eta * math.pi / 2) ** 2))
         x = renoise(trace, ddim(x, m, s, low), low, t, (s, t))
     return x

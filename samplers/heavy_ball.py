@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 
 from ..schedules import TimeGrid
-from .linear_multistep import MOMENTUM, advance
+from .linear_multistep import advance
 from .registry import solver
 from .steps import ddim
 from .trace import Linear, Trace, combination
+
+MOMENTUM = (
+    "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts, https://arxiv.org/abs/2307.11118"
+)
 
 
 def weights(order: int, b: float) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..schedules import Node, TimeGrid
+from ..schedules.spec import NonNegative, Share
 from .registry import solver
 from .steps import FRAMES, FrameName, ancestral_low, ddim, frame_name, renoise
 from .steps import churn as add_churn
@@ -26,10 +27,10 @@ def heun(
     grid: TimeGrid,
     *,
     frame: FrameName = "auto",
-    churn: float = 0.0,
+    churn: NonNegative = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
-    s_noise: float = 1.0,
+    s_noise: NonNegative = 1.0,
 ) -> Linear:
     """Trapezoidal rule with an Euler predictor: ``z_t = z_s + (c_t - c_s)(f_s + f_t) / 2``.
 
@@ -66,11 +67,11 @@ def dpm_2(
     x: Linear,
     grid: TimeGrid,
     *,
-    r: float = 0.5,
-    churn: float = 0.0,
+    r: Share = 0.5,
+    churn: NonNegative = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
-    s_noise: float = 1.0,
+    s_noise: NonNegative = 1.0,
 ) -> Linear:
     """Two-stage rule in x / alpha against k = sigma / alpha with its stage at ``k_t^r k_s^{1-r}`` (DPM-Solver-2, EDM).
 
@@ -94,7 +95,7 @@ def dpm_2(
     reference="k-diffusion, https://github.com/crowsonkb/k-diffusion",
 )
 def dpm_2_ancestral(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: NonNegative = 1.0, s_noise: NonNegative = 1.0
 ) -> Linear:
     """``dpm_2`` down to less noise, then fresh noise: ``eta`` and ``s_noise`` as in ``euler_ancestral``."""
     for s, t in grid.intervals():

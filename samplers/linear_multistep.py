@@ -1,4 +1,4 @@
-"""Linear multistep methods with fixed weights: iPNDM, PNDM (PLMS), and their momentum versions GHVB.
+"""Linear multistep methods with fixed weights: iPNDM and PNDM (PLMS).
 
 All act in the EDM frame, ``d(x / alpha) / d(sigma / alpha) = eps``, with the Adams-Bashforth weights of a uniform grid
 whatever the grid is. The exact rule for the actual grid is ``deis:variable=rho``.
@@ -21,9 +21,6 @@ ADAMS_BASHFORTH = {
 }
 IPNDM = "Fast Sampling of Diffusion Models with Exponential Integrator, https://arxiv.org/abs/2204.13902"
 PNDM = "Pseudo Numerical Methods for Diffusion Models on Manifolds, https://arxiv.org/abs/2202.09778"
-MOMENTUM = (
-    "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts, https://arxiv.org/abs/2307.11118"
-)
 
 
 def _order(order: int, afs: bool, **_: object) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 from ..schedules import Node, TimeGrid
+from ..schedules.spec import NonNegative, Share
 from .coefficients import moments
 from .dpm_solver import PAPER, SolverType, integral
 from .registry import solver
@@ -43,8 +44,8 @@ def dpmpp_2m_sde(
     x: Linear,
     grid: TimeGrid,
     *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
+    eta: NonNegative = 1.0,
+    s_noise: NonNegative = 1.0,
     solver_type: SolverType = "midpoint",
 ) -> Linear:
     """SDE-DPM-Solver++(2M).
@@ -65,7 +66,7 @@ def dpmpp_2m_sde(
     aliases={"dpmpp_3m_sde_gpu": "dpmpp_3m_sde"},
 )
 def dpmpp_3m_sde(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: NonNegative = 1.0, s_noise: NonNegative = 1.0
 ) -> Linear:
     """SDE-DPM-Solver++(3M) of k-diffusion: as ``dpmpp_2m_sde:solver_type=heun`` with the third-order term.
 
@@ -98,21 +99,23 @@ def _multistep(
     return x
 
 
-def _order_two_stage(eta: float, r: float = 0.5, **_: object) -> int:
-    return 1 if eta > 0 else 2
-
-
 @solver(
     "dpmpp_sde",
     family="sde",
-    order=_order_two_stage,
+    order=_order,
     evaluations_per_step=2,
     stochastic=_is_stochastic,
     reference=PAPER,
     aliases={"dpmpp_sde_gpu": "dpmpp_sde"},
 )
 def dpmpp_sde(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
+    trace: Trace,
+    x: Linear,
+    grid: TimeGrid,
+    *,
+    eta: NonNegative = 1.0,
+    s_noise: NonNegative = 1.0,
+    r: Share = 0.5,
 ) -> Linear:
     """DPM-Solver++ SDE with two stages, as k-diffusion has it.
 
@@ -140,13 +143,13 @@ def dpmpp_sde(
 @solver(
     "dpmpp_2s_ancestral",
     family="sde",
-    order=_order_two_stage,
+    order=_order,
     evaluations_per_step=2,
     stochastic=_is_stochastic,
     reference=KDIFFUSION,
 )
 def dpmpp_2s_ancestral(
-    trace: Trace, x: Linear, grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0
+    trace: Trace, x: Linear, grid: TimeGrid, *, eta: NonNegative = 1.0, s_noise: NonNegative = 1.0
 ) -> Linear:
     """Two-stage DPM-Solver++ down to less noise, then fresh noise: ancestral sampling with ``eta`` and ``s_noise``.
 

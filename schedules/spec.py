@@ -8,16 +8,38 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(str(name).lower(), list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a numeric option may have, for ``Annotated[float, Range(...)]``; ``above`` leaves the low end out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.above else '>='} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and <= {self.high:g}"
+
+
+NonNegative = Annotated[float, Range(0.0)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Share = Annotated[float, Range(0.0, 1.0, above=True)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +69,7 @@ class Option:
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only parameters of a function as options."""
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     return {
         p.name: Option(p.name, hints[p.name], p.default)
         for p in inspect.signature(function).parameters.values()
@@ -103,6 +125,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def _describe(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_describe(args[0])} {args[1]}"
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
@@ -126,6 +150,11 @@ def _convert(annotation: Any, value: Any) -> Any:
                 except (TypeError, ValueError):
                     continue
         raise ValueError
+    if origin is Annotated:
+        number = _convert(args[0], value)
+        if number not in args[1]:
+            raise ValueError
+        return number
     if origin is Literal:
         for a in args:
             if value == a or str(value).lower() == str(a).lower():
