@@ -79,7 +79,7 @@ def _declaration(chosen: Solver) -> dict[str, Any]:
         ],
         "order": chosen.order,
         "stochastic": chosen.stochastic,
-        "evaluations_per_step": d.evaluations_per_step,
+        "evaluations_per_step": chosen.evaluations_per_step,
     }
 
 

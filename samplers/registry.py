@@ -29,19 +29,21 @@ class Declaration:
     """A registered solver.
 
     ``order`` is the global order of convergence in the step length, start-up included, for the default options;
-    :attr:`Solver.order` gives it for chosen ones. ``evaluations_per_step`` is the cost of an inner step,
-    ``startup_evaluations`` what the first steps cost on top.
+    :attr:`Solver.order` gives it for chosen ones; of a stochastic solver it is the strong order, on one Brownian path,
+    and ``weak_order_of`` that of the distribution. ``evaluations_of`` is the cost of an inner step, ``startup_of`` what
+    the first steps cost on top.
     """
 
     name: str
     function: Callable[..., Linear]
     family: str
     order_of: Callable[..., int]
-    evaluations_per_step: int
+    weak_order_of: Callable[..., int]
+    evaluations_of: Callable[..., int]
+    startup_of: Callable[..., int]
     stochastic_of: Callable[..., bool]
     aliases: Mapping[str, str]
     reference: str
-    startup_evaluations: int = 0
 
     @cached_property
     def options(self) -> Mapping[str, Option]:
@@ -57,6 +59,11 @@ class Declaration:
     def order(self) -> int:
         """Order of convergence for the default options."""
         return self.order_of(**self.defaults)
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Network evaluations of an inner step with the default options."""
+        return self.evaluations_of(**self.defaults)
 
     @property
     def stochastic(self) -> bool:
@@ -83,14 +90,16 @@ def solver(
     family: str,
     order: int | Callable[..., int],
     reference: str,
-    evaluations_per_step: int = 1,
-    startup_evaluations: int = 0,
+    weak_order: int | Callable[..., int] | None = None,
+    evaluations_per_step: int | Callable[..., int] = 1,
+    startup_evaluations: int | Callable[..., int] = 0,
     stochastic: bool | Callable[..., bool] = False,
     aliases: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Linear]], Callable[..., Linear]]:
     """Register a solver.
 
-    ``order`` and ``stochastic`` may be functions of the options. ``aliases`` maps other names of the field to the
+    Whatever depends on the options may be a function of them. ``weak_order`` is that of a stochastic method's
+    distribution, ``order`` (its strong order) if it is not given. ``aliases`` maps other names of the field to the
     spec that they mean. ``reference`` is title and link of the source.
     """
 
@@ -100,11 +109,12 @@ def solver(
             function,
             family,
             _constant(order),
-            evaluations_per_step,
+            _constant(order if weak_order is None else weak_order),
+            _constant(evaluations_per_step),
+            _constant(startup_evaluations),
             _constant(stochastic),
             MappingProxyType(dict(aliases or {})),
             reference,
-            startup_evaluations,
         )
         return function
 
@@ -159,6 +169,21 @@ class Solver:
     def stochastic(self) -> bool:
         """Whether noise is drawn."""
         return self.declaration.stochastic_of(**self.all_options)
+
+    @property
+    def weak_order(self) -> int:
+        """Order of the distribution of a stochastic solver's results."""
+        return self.declaration.weak_order_of(**self.all_options)
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Network evaluations of an inner step."""
+        return self.declaration.evaluations_of(**self.all_options)
+
+    @property
+    def startup_evaluations(self) -> int:
+        """Network evaluations that the first steps cost on top."""
+        return self.declaration.startup_of(**self.all_options)
 
     def __str__(self) -> str:
         return self.spec

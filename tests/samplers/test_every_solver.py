@@ -66,8 +66,8 @@ def test_a_planted_wrong_coefficient_is_caught(spec):
 @pytest.mark.parametrize("spec", VARIANTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_spends_the_evaluations_it_declares(spec, schedule):
-    declaration = fs.solver(spec).declaration
-    cost, extra = declaration.evaluations_per_step, declaration.startup_evaluations
+    solver = fs.solver(spec)
+    cost, extra = solver.evaluations_per_step, solver.startup_evaluations
     assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost + extra
     # A step to sigma = 0 has one stage; in the EDM frame so has one from alpha = 0.
     nfe = fs.compile(spec, full_grid(schedule, 7)).nfe
