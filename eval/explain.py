@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _declaration(chosen: Solver) -> dict[str, Any]:
         "name": d.name,
         "family": d.family,
         "summary": d.summary,
-        "documentation": d.documentation,
+        "documentation": "\n\n".join([d.documentation, *(t.declaration.documentation for t in chosen.transforms)]),
         "reference": d.reference,
         "aliases": dict(d.aliases),
         "options": [
@@ -142,15 +143,28 @@ def _check(name: str, result: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
     return {"prediction": name, "error": error, "exact": error < 1e-9}
 
 
+def _without_momentum(chosen: Solver) -> Solver | None:
+    """What to compare a method with momentum or other transforms with: itself without."""
+    if chosen.transforms:
+        return replace(chosen, transforms=())
+    if chosen.name == "ghvb" and chosen.all_options["order"] % 1:
+        return chosen.with_options(order=math.ceil(chosen.all_options["order"]))
+    return None
+
+
 def _stability(chosen: Solver, step_length: float) -> dict[str, Any]:
     area = stability.region(chosen.spec, step_length, size=(213, 200))
     low, high = area.real_interval
+    plain = _without_momentum(chosen)
+    beside = stability.region(plain.spec, step_length, size=(213, 200)) if plain else None
     return {
         "test": "dy/dlambda = (z/h) y with denoised = (1 + z/h) y, grid uniform in lambda with step h",
         "step": step_length,
         "real_from": None if math.isnan(low) else low,
         "real_to": None if math.isnan(high) else high,
         "words": area.words,
+        "area": area.area,
+        "plain": {"solver": beside.solver, "words": beside.words, "area": beside.area} if beside else None,
         "picture": stability.braille(area, 56),
     }
 
@@ -192,9 +206,13 @@ def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> li
     ]
     area = facts["stability"]
     parts += [
-        heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}"),
+        heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}, area {area['area']:.2f}"),
         Text(area["picture"]),
     ]
+    if plain := area["plain"]:
+        wider = area["area"] / plain["area"] if plain["area"] else math.inf
+        words = f"{plain['solver']} alone: {plain['words']}, area {plain['area']:.2f}; here {wider:.2f} times that"
+        parts += [Padding(Text(words), (0, 2))]
     note = (
         "dots: |growth per step| <= 1 on y' = (z/h) y, the network answering denoised = (1 + z/h) x/alpha; "
         "data live on [-h, 0], guidance reaches beyond it"

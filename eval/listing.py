@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import guidance as guidance_module
 from ..samplers import solvers as solver_registry
+from ..samplers import transforms as transform_registry
 from ..schedules import schedules as schedule_registry
 from .metrics import METRICS
 
@@ -24,11 +25,24 @@ def solvers() -> Rows:
             "evaluations_per_step": d.evaluations_per_step,
             "stochastic": d.stochastic,
             "options": [f"{o.name}={_text(o.default)}" for o in d.options.values()],
-            "aliases": sorted(d.aliases),
+            "aliases": dict(sorted(d.aliases.items())),
             "summary": d.summary,
             "reference": d.reference,
         }
         for d in solver_registry().values()
+    ]
+
+
+def transforms() -> Rows:
+    """What can be added to a solver: ``solver+transform:options``."""
+    return [
+        {
+            "name": t.name,
+            "options": [f"{o.name}={_text(o.default)}" for o in t.options.values()],
+            "summary": t.summary,
+            "reference": t.reference,
+        }
+        for t in transform_registry().values()
     ]
 
 
@@ -105,6 +119,7 @@ LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
             ("options", "options"),
         ),
     ),
+    "transforms": (transforms, (("name", "transform"), ("summary", ""), ("options", "options"))),
     "schedules": (
         schedules,
         (("name", "schedule"), ("summary", ""), ("options", "options"), ("aliases", "also")),

@@ -57,6 +57,12 @@ class Region:
         return float(axis[low]), float(axis[high])
 
     @property
+    def area(self) -> float:
+        """Area of the stable region within the rectangle."""
+        cell = (self.real[-1] - self.real[0]) * (self.imag[0] - self.imag[-1]) / self.growth.size
+        return float(np.sum(self.growth <= 1.0 + 1e-6) * cell)
+
+    @property
     def words(self) -> str:
         """The real interval as a phrase."""
         low, high = self.real_interval

@@ -61,7 +61,7 @@ class BrownianNoise:
     The clock is ``u = (alpha / sigma)^2``; in it the noise of the reverse SDE is a plain increment,
     ``z = (W(u_stop) - W(u_start)) / sqrt(u_stop - u_start)``. The path is a virtual tree: independent increments over
     the octaves of u, Brownian bridges inside, each point a function of the seed alone. An interval towards more noise
-    (churn, Restart) is not on the path and gets white noise.
+    (churn, Restart) is not on the path and gets white noise; what comes after it is another path.
     """
 
     DEPTH = 24
@@ -69,16 +69,22 @@ class BrownianNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = tuple(seeds)
         self._white = WhiteNoise(seeds)
+        self._path = 0
 
     def __call__(self, like: torch.Tensor, start: Node, stop: Node) -> torch.Tensor:
         if stop.ratio >= start.ratio:
+            self._path += 1
             return self._white(like, start, stop)
         low, high = (max(node.ratio, 2.0**-500) ** -2 if node.alpha > 0 else 0.0 for node in (start, stop))
         (octave, offset), (last, end) = self._offset(like, max(low, 2.0**-80)), self._offset(like, high)
         increment = end - offset
         for j in range(octave, last):
-            increment = increment + 2.0 ** (j / 2) * standard_normal(self.seeds, like, j + 2000)
+            increment = increment + 2.0 ** (j / 2) * self._normal(like, j)
         return increment / math.sqrt(high - low)
+
+    def _normal(self, like: torch.Tensor, octave: int, *position: int) -> torch.Tensor:
+        path = (self._path,) if self._path else ()
+        return standard_normal(self.seeds, like, *path, octave + 2000, *position)
 
     def _offset(self, like: torch.Tensor, u: float) -> tuple[int, torch.Tensor]:
         """``(j, W(u) - W(2^j))`` with ``2^j <= u < 2^(j+1)``, by bisection of the octave."""
@@ -86,14 +92,12 @@ class BrownianNoise:
         fraction = u / 2.0**octave - 1.0
         left, right = (
             torch.zeros_like(like),
-            2.0 ** (octave / 2) * standard_normal(self.seeds, like, octave + 2000),
+            2.0 ** (octave / 2) * self._normal(like, octave),
         )
         position = 1
         for level in range(1, self.DEPTH + 1):
             deviation = 2.0 ** (octave / 2) * 2.0 ** (-(level + 1) / 2)
-            middle = (left + right) / 2 + deviation * standard_normal(
-                self.seeds, like, octave + 2000, position
-            )
+            middle = (left + right) / 2 + deviation * self._normal(like, octave, position)
             fraction *= 2.0
             if fraction >= 1.0:
                 left, fraction = middle, fraction - 1.0

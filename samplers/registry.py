@@ -1,15 +1,17 @@
 """What a solver declares about itself, the registry, and the text form of a choice.
 
-A solver is a function ``(trace, x, grid, *, options) -> x`` under :func:`solver`. Its keyword-only parameters are its
-options. Importing :mod:`fewstep.samplers` registers the built-in families; packages outside register theirs through
+A solver is a function ``(trace, x, grid, *, options) -> x`` under :func:`solver`; a transform, under :func:`transform`,
+is one ``(inner, trace, x, grid, *, options) -> x`` that runs the solver ``inner`` its own way. Keyword-only parameters
+are options. Importing :mod:`fewstep.samplers` registers the built-in ones; packages outside register theirs through
 the entry-point group ``fewstep.solvers``.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import entry_points
 from types import MappingProxyType
@@ -81,7 +83,38 @@ class Declaration:
         return inspect.getdoc(self.function) or ""
 
 
+@dataclass(frozen=True)
+class TransformDeclaration:
+    """A registered transform: what it is called, and how it changes what a solver declares.
+
+    ``order_of``, ``weak_order_of`` and ``stochastic_of`` map the inner solver's value, and that solver, to the whole's.
+    """
+
+    name: str
+    function: Callable[..., Linear]
+    order_of: Callable[..., int]
+    weak_order_of: Callable[..., int]
+    stochastic_of: Callable[..., bool]
+    reference: str
+
+    @cached_property
+    def options(self) -> Mapping[str, Option]:
+        """Keyword options with their types and defaults."""
+        return options_of(self.function)
+
+    @property
+    def documentation(self) -> str:
+        """The whole docstring."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.documentation.splitlines()[0]
+
+
 _SOLVERS: dict[str, Declaration] = {}
+_TRANSFORMS: dict[str, TransformDeclaration] = {}
 
 
 def solver(
@@ -121,6 +154,30 @@ def solver(
     return register
 
 
+def transform(
+    name: str,
+    *,
+    reference: str,
+    order: Callable[..., int] = lambda order, inner, **_: order,
+    weak_order: Callable[..., int] | None = None,
+    stochastic: Callable[..., bool] = lambda stochastic, inner, **_: stochastic,
+) -> Callable[[Callable[..., Linear]], Callable[..., Linear]]:
+    """Register a transform of solvers, written ``solver+name:options``.
+
+    ``order``, ``weak_order`` (the same unless given) and ``stochastic`` are functions of the inner solver's value, that
+    solver and the options; by default the value stays. In a spec the first option may stand without its name:
+    ``euler+skip:h2/s3``.
+    """
+
+    def register(function: Callable[..., Linear]) -> Callable[..., Linear]:
+        _TRANSFORMS[name] = TransformDeclaration(
+            name, function, order, weak_order or order, stochastic, reference
+        )
+        return function
+
+    return register
+
+
 def _constant(value: Any) -> Callable[..., Any]:
     """A function of the options, for a declaration that does not depend on them."""
     return value if callable(value) else lambda **_: value
@@ -138,12 +195,37 @@ def solvers() -> Mapping[str, Declaration]:
     return MappingProxyType(_SOLVERS)
 
 
+def transforms() -> Mapping[str, TransformDeclaration]:
+    """All registered transforms by name."""
+    _load_entry_points()
+    return MappingProxyType(_TRANSFORMS)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A registered transform with chosen options."""
+
+    declaration: TransformDeclaration
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> str:
+        """Canonical text, without the plus sign."""
+        return render(self.declaration.name, self.options)
+
+    @cached_property
+    def all_options(self) -> dict[str, Any]:
+        """Chosen options and the defaults of the others."""
+        return {k: o.default for k, o in self.declaration.options.items()} | dict(self.options)
+
+
 @dataclass(frozen=True)
 class Solver:
-    """A registered solver with chosen options; what a spec such as ``"unipc:order=3"`` means."""
+    """A registered solver with chosen options and transforms; what ``"unipc:order=3+restart"`` means."""
 
     declaration: Declaration
     options: Mapping[str, Any] = field(default_factory=dict)
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def name(self) -> str:
@@ -153,7 +235,7 @@ class Solver:
     @cached_property
     def spec(self) -> str:
         """Canonical text; parsing it gives this solver back."""
-        return render(self.name, self.options)
+        return "+".join([render(self.name, self.options), *(t.spec for t in self.transforms)])
 
     @cached_property
     def all_options(self) -> dict[str, Any]:
@@ -163,17 +245,17 @@ class Solver:
     @property
     def order(self) -> int:
         """Global order of convergence, start-up included."""
-        return self.declaration.order_of(**self.all_options)
+        return self._declared(self.declaration.order_of, "order_of")
 
     @property
     def stochastic(self) -> bool:
         """Whether noise is drawn."""
-        return self.declaration.stochastic_of(**self.all_options)
+        return self._declared(self.declaration.stochastic_of, "stochastic_of")
 
     @property
     def weak_order(self) -> int:
         """Order of the distribution of a stochastic solver's results."""
-        return self.declaration.weak_order_of(**self.all_options)
+        return self._declared(self.declaration.weak_order_of, "weak_order_of")
 
     @property
     def evaluations_per_step(self) -> int:
@@ -184,6 +266,27 @@ class Solver:
     def startup_evaluations(self) -> int:
         """Network evaluations that the first steps cost on top."""
         return self.declaration.startup_of(**self.all_options)
+
+    def _declared(self, base: Callable[..., Any], rule: str) -> Any:
+        if not self.transforms:
+            return base(**self.all_options)
+        *others, outer = self.transforms
+        inner = replace(self, transforms=tuple(others))
+        return getattr(outer.declaration, rule)(inner._declared(base, rule), inner, **outer.all_options)
+
+    def solve(self, trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
+        """Run on symbolic values: from ``x`` at the first node of ``grid`` to the last."""
+        if not self.transforms:
+            return self.declaration.function(trace, x, grid, **self.all_options)
+        *others, outer = self.transforms
+        inner = replace(self, transforms=tuple(others))
+        return outer.declaration.function(inner, trace, x, grid, **outer.all_options)
+
+    def with_options(self, **options: Any) -> Solver:
+        """The same with some of the solver's own options changed; ValueError for unknown ones and wrong values."""
+        bound = bind(self.declaration.options, options, f"solver {self.name!r}")
+        kept = {k: v for k, v in self.options.items() if k not in options}
+        return replace(self, options=MappingProxyType(kept | bound))
 
     def __str__(self) -> str:
         return self.spec
@@ -196,26 +299,41 @@ class Solver:
 
 
 def parse(spec: str | Solver) -> Solver:
-    """The solver that ``"name:key=value,..."`` means; ValueError naming what is allowed and the nearest name."""
+    """The solver that ``"name:key=value,...+transform:key=value,..."`` means.
+
+    Raises ValueError naming what is allowed and the nearest name.
+    """
     if isinstance(spec, Solver):
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"a solver is a name such as 'unipc:order=3' or a Solver, got {type(spec).__name__}")
-    if "+" in spec:
-        raise ValueError(
-            f"{spec!r}: no transform {spec.partition('+')[2]!r}; this version has solvers only, no transforms"
-        )
+    base, *applied = re.split(r"\+(?=\s*[A-Za-z_])", spec)  # not the plus of 1e+3
     known = solvers()
-    name, given = split(spec)
+    name, given = split(base)
     if name not in known:
         aliases = {alias: target for d in known.values() for alias, target in d.aliases.items()}
         if name not in aliases:
             hint = suggestion(name, [*known, *aliases])
             raise ValueError(f"no solver {name!r}; allowed: {', '.join(sorted(known))}{hint}")
-        name, implied = split(aliases[name])
-        given = implied | given
+        target, *implied = aliases[name].split("+")
+        applied = implied + applied
+        name, defaults = split(target)
+        given = defaults | given
     declaration = known[name]
-    return Solver(declaration, MappingProxyType(bind(declaration.options, given, f"solver {name!r}")))
+    options = MappingProxyType(bind(declaration.options, given, f"solver {name!r}"))
+    return Solver(declaration, options, tuple(map(_parse_transform, applied)))
+
+
+def _parse_transform(text: str) -> Transform:
+    known = transforms()
+    name = split(text.partition(":")[0])[0]
+    if name not in known:
+        raise ValueError(
+            f"no transform {name!r}; allowed: {', '.join(sorted(known))}{suggestion(name, known)}"
+        )
+    options = known[name].options
+    _, given = split(text, next(iter(options), ""))
+    return Transform(known[name], MappingProxyType(bind(options, given, f"transform {name!r}")))
 
 
 def compile(
@@ -230,15 +348,13 @@ def compile(
     """
     chosen = parse(solver)
     if options:
-        merged = dict(chosen.options) | bind(chosen.declaration.options, options, f"solver {chosen.name!r}")
-        chosen = Solver(chosen.declaration, MappingProxyType(merged))
-    key = (chosen.declaration.function, chosen.spec, grid.key, prediction)
+        chosen = chosen.with_options(**options)
+    functions = (chosen.declaration.function, *(t.declaration.function for t in chosen.transforms))
+    key = (functions, chosen.spec, grid.key, prediction)
     program = _CACHE.get(key)
     if program is None:
         trace = Trace(grid, prediction)
-        program = trace.finish(
-            chosen.declaration.function(trace, trace.start, grid, **chosen.all_options), chosen.spec
-        )
+        program = trace.finish(chosen.solve(trace, trace.start, grid), chosen.spec)
         while len(_CACHE) >= _CACHE_SIZE:
             _CACHE.pop(next(iter(_CACHE)), None)
         _CACHE[key] = program

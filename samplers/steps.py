@@ -102,7 +102,7 @@ def churn(
 ) -> tuple[Linear, Node]:
     """EDM's stochasticity: raise sigma / alpha by ``1 + min(amount / steps, sqrt(2) - 1)`` within [s_min, s_max]."""
     gamma = (
-        min(amount / (grid.skipped + grid.steps), math.sqrt(2.0) - 1.0) if s_min <= s.ratio <= s_max else 0.0
+        min(amount / (grid.whole or grid.steps), math.sqrt(2.0) - 1.0) if s_min <= s.ratio <= s_max else 0.0
     )
     if gamma == 0.0:
         return x, s

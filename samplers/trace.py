@@ -6,8 +6,6 @@ three things reach the program: a state that is evaluated, a value that is kept,
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from ..schedules import Node, TimeGrid, conversion
 from ..schedules.parametrization import Prediction
 from .program import Combine, Evaluate, Noise, Op, Program, reads
@@ -51,29 +49,36 @@ def combination(*terms: tuple[float, Linear]) -> Linear:
 
 
 class Evaluation:
-    """The network's answer at a node, in whichever form the solver asks for; each form is one register."""
+    """The network's answer at a node, in whichever form the solver asks for; each form is one register.
 
-    def __init__(self, trace: Trace, x: Linear, raw: Linear, node: Node) -> None:
-        self._trace, self._x, self._raw, self.node = trace, x, raw, node
+    ``raw`` is the answer for the state ``x`` as a ``prediction``.
+    """
 
-    def _as(self, target: Prediction) -> Linear:
-        c_x, c_m = conversion(self._trace.prediction, target, self.node)
-        return self._trace.keep(c_x * self._x + c_m * self._raw)
+    def __init__(self, trace: Trace, x: Linear, raw: Linear, node: Node, prediction: Prediction) -> None:
+        self._trace, self._x, self._raw, self.node, self.prediction = trace, x, raw, node, prediction
+        self._forms: dict[Prediction, Linear] = {}
 
-    @cached_property
+    def form(self, target: Prediction) -> Linear:
+        """The prediction converted to ``target``, once."""
+        if target not in self._forms:
+            c_x, c_m = conversion(self.prediction, target, self.node)
+            self._forms[target] = self._trace.keep(c_x * self._x + c_m * self._raw)
+        return self._forms[target]
+
+    @property
     def denoised(self) -> Linear:
         """The prediction of the clean sample x_0."""
-        return self._as("denoised")
+        return self.form("denoised")
 
-    @cached_property
+    @property
     def epsilon(self) -> Linear:
         """The prediction of the noise."""
-        return self._as("epsilon")
+        return self.form("epsilon")
 
-    @cached_property
+    @property
     def velocity(self) -> Linear:
         """The flow velocity eps - x_0."""
-        return self._as("flow")
+        return self.form("flow")
 
 
 class Trace:
@@ -102,7 +107,7 @@ class Trace:
         x = self.keep(x)
         (src,) = x.terms
         raw = self._write(lambda dst: Evaluate(dst, src, self._index(node)))
-        return x, Evaluation(self, x, raw, node)
+        return x, Evaluation(self, x, raw, node, self.prediction)
 
     def noise(self, s: Node, t: Node) -> Linear:
         """A standard normal that belongs to the interval s -> t."""
@@ -126,3 +131,26 @@ class Trace:
         register, self._registers = self._registers, self._registers + 1
         self._ops.append(op(register))
         return Linear({register: 1.0})
+
+
+class View(Trace):
+    """Another trace as a transform shows it to the solver inside: everything is passed on until it is overridden."""
+
+    def __init__(self, inner: Trace) -> None:
+        self.inner, self.prediction = inner, inner.prediction
+
+    @property
+    def start(self) -> Linear:
+        return self.inner.start
+
+    def keep(self, value: Linear) -> Linear:
+        return self.inner.keep(value)
+
+    def evaluate(self, x: Linear, node: Node) -> tuple[Linear, Evaluation]:
+        return self.inner.evaluate(x, node)
+
+    def noise(self, s: Node, t: Node) -> Linear:
+        return self.inner.noise(s, t)
+
+    def finish(self, x: Linear, solver: str = "") -> Program:
+        return self.inner.finish(x, solver)

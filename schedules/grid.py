@@ -46,8 +46,8 @@ class TimeGrid:
     alpha: Array
     sigma: Array
     noise_schedule: NoiseSchedule
-    skipped: int = 0
-    """Steps of the whole run that lie before this grid; for methods that count them (churn)."""
+    whole: int = 0
+    """Steps of the whole run that this grid is a part of, 0 for its own; for methods that count them (churn)."""
 
     def __post_init__(self) -> None:
         if self.t.ndim != 1 or len(self.t) < 2:
@@ -107,11 +107,15 @@ class TimeGrid:
         nodes = list(self)
         return list(zip(nodes, nodes[1:]))
 
+    def part(self, start: int, stop: int) -> TimeGrid:
+        """The grid from node ``start`` to node ``stop``, both included."""
+        where = slice(start, stop + 1)
+        whole = self.whole or self.steps
+        return TimeGrid(self.t[where], self.alpha[where], self.sigma[where], self.noise_schedule, whole)
+
     def tail(self, start: int) -> TimeGrid:
         """The grid from node ``start`` on."""
-        return TimeGrid(
-            self.t[start:], self.alpha[start:], self.sigma[start:], self.noise_schedule, self.skipped + start
-        )
+        return self.part(start, self.steps)
 
     @property
     def lam(self) -> Array:
@@ -148,5 +152,5 @@ class TimeGrid:
             self.alpha.tobytes(),
             self.sigma.tobytes(),
             self.noise_schedule.key,
-            self.skipped,
+            self.whole,
         )

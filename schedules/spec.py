@@ -77,11 +77,13 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     }
 
 
-def split(text: str) -> tuple[str, dict[str, str]]:
-    """``"name:a=1,b=2"`` as ``("name", {"a": "1", "b": "2"})``."""
+def split(text: str, first: str = "") -> tuple[str, dict[str, str]]:
+    """``"name:a=1,b=2"`` as ``("name", {"a": "1", "b": "2"})``; a first value without a key belongs to ``first``."""
     name, _, rest = text.strip().partition(":")
     options: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    for i, item in enumerate(filter(None, (part.strip() for part in rest.split(",")))):
+        if i == 0 and first and "=" not in item:
+            item = f"{first}={item}"
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise ValueError(f"{item!r} in {text!r} is not of the form key=value")

@@ -49,7 +49,7 @@ def test_every_alias_of_the_field_means_a_spec():
         ("euler:churn=-1", "a number >= 0, got '-1'"),
         ("unipc:disable_corrector=a/b", "integers separated by '/'"),
         ("unipc:order", "not of the form key=value"),
-        ("dpmpp_2m+heavy_bal:beta=0.8", "no transform 'heavy_bal:beta=0.8'"),
+        ("dpmpp_2m+heavy_bal:beta=0.8", "no transform 'heavy_bal'; allowed: .*did you mean 'heavy_ball'"),
         ("", "no solver ''"),
     ],
 )
