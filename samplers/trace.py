@@ -6,6 +6,8 @@ three things reach the program: a state that is evaluated, a value that is kept,
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..schedules import Node, TimeGrid, conversion
 from ..schedules.parametrization import Prediction
 from .program import Combine, Evaluate, Noise, Op, Program, reads
@@ -122,7 +124,8 @@ class Trace:
             if op.dst in needed or isinstance(op, Evaluate):
                 needed.update(reads(op))
                 ops.append(op)
-        return Program(tuple(self._nodes), tuple(reversed(ops)), output, self.prediction, solver).check()
+        ops = _simplified(ops[::-1], output)
+        return Program(tuple(self._nodes), tuple(ops), output, self.prediction, solver).check()
 
     def _index(self, node: Node) -> int:
         return self._nodes.setdefault(node, len(self._nodes))
@@ -131,6 +134,48 @@ class Trace:
         register, self._registers = self._registers, self._registers + 1
         self._ops.append(op(register))
         return Linear({register: 1.0})
+
+
+def _simplified(ops: list[Op], output: int) -> list[Op]:
+    """The same in fewer passes over memory.
+
+    A combination that one other combination reads, before the next evaluation, becomes part of it. A corrected state is
+    written as the predicted one plus a difference where that is shorter, which also frees the state before.
+    """
+    readers = Counter(src for op in ops for src in reads(op))
+    readers[output] += 1
+    pending: dict[int, Combine] = {}  # read once, and by nothing yet
+    predicted: tuple[int, tuple[tuple[int, float], ...]] = (-1, ())
+    written: dict[int, tuple[tuple[int, float], ...]] = {}
+    gone: set[int] = set()
+    result: list[Op] = []
+    for op in ops:
+        if isinstance(op, Evaluate):
+            pending.clear()
+            predicted = op.src, written.get(op.src, ())
+        elif isinstance(op, Combine):
+            terms: dict[int, float] = {}
+            for src, coef in op.terms:
+                inner = pending.pop(src, None)
+                if inner is not None:
+                    gone.add(src)
+                for source, factor in inner.terms if inner else ((src, 1.0),):
+                    terms[source] = terms.get(source, 0.0) + coef * factor
+            terms = {r: c for r, c in terms.items() if c != 0.0} or dict(op.terms)
+            if predicted[1] and predicted[0] not in terms:
+                difference = dict(terms)
+                for source, factor in predicted[1]:
+                    difference[source] = difference.get(source, 0.0) - factor
+                difference = {r: c for r, c in difference.items() if c != 0.0}
+                if len(difference) < len(terms) - (1.0 in terms.values()):
+                    terms = {predicted[0]: 1.0, **difference}
+            # First a term with factor one: adding to it is a pass less.
+            op = Combine(op.dst, tuple(sorted(terms.items(), key=lambda term: term[1] != 1.0)))
+            written[op.dst] = op.terms
+            if readers[op.dst] == 1:
+                pending[op.dst] = op
+        result.append(op)
+    return [op for op in result if op.dst not in gone]
 
 
 class View(Trace):
