@@ -8,7 +8,7 @@ if __package__:  # pytest imports this file as a bare module where the checkout'
     from . import schedules
     from .guidance import CFG, Denoiser
     from .hosts import diffusers as _diffusers  # noqa: F401  saved pipelines name this module; diffusers is not loaded
-    from .hosts.library import sample
+    from .hosts.library import sample, sample_adaptive
     from .samplers import NumericalError, Program, Solver, Stepper, compile, solvers
     from .samplers import parse as solver
 
@@ -27,6 +27,7 @@ __all__ = [
     "Stepper",
     "compile",
     "sample",
+    "sample_adaptive",
     "schedules",
     "solver",
     "solvers",

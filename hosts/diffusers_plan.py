@@ -5,6 +5,7 @@ A plan is immutable and shared by every scheduler with the same settings. It kno
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -24,6 +25,7 @@ from ..schedules.diffusers_config import (
 )
 from ..schedules.noise import Array
 from ..schedules.parametrization import Prediction
+from .diffusers_program import chained, first_order, hosted
 
 Settings = tuple[tuple[str, Any], ...]
 """The items of a scheduler config that matter for a plan, hashable."""
@@ -31,10 +33,10 @@ Settings = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Start:
-    """How to begin at one evaluation: the program of the rest, after ``wait`` calls that change nothing."""
+    """How to begin at one evaluation: the program of the rest, whose first ``lead`` evaluations are not the solver's."""
 
     program: Program | None
-    wait: int = 0
+    lead: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Plan:
     @cached_property
     def program(self) -> Program:
         """The whole run."""
-        return _hosted(compile(self.solver, self.grid, prediction=self.prediction))
+        return self._tail(0, {})
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
@@ -110,33 +112,38 @@ class Plan:
         return found
 
     def _find(self, index: int, options: dict[str, Any]) -> Start:
-        calls = len(self.timesteps)
+        calls, total = len(self.timesteps), self.program.nfe
         if not 0 <= index < calls:
             raise ValueError(f"the run has {calls} evaluations, 0 to {calls - 1}; it cannot start at {index}")
-        if index >= self.program.nfe:
-            return Start(None, calls - index)
-        for wait in range(self.program.nfe - index):
-            # A second stage at the same time as the next step's first: wait for that one.
-            if self.nodes[index + wait] != self.nodes[index]:
-                break
-            program = self._tail(index + wait, options)
-            if program is not None:
-                return Start(program, wait)
-        starts = ", ".join(str(i) for i in range(self.program.nfe) if self._tail(i, options) is not None)
-        raise ValueError(
-            f"solver {self.solver.spec!r} cannot start at evaluation {index} of {self.program.nfe}, which is not the "
-            f"beginning of a step; possible starts: {starts}. A solver with one evaluation a step starts anywhere"
-        )
+        if index >= total:
+            return Start(None)
+        j, k = self._resume(index)
+        rest = self._tail(k, options) if k < self.grid.steps else None
+        if j == index:
+            return Start(rest)
+        # Between the stages of a step: by first-order steps to where the next one begins.
+        nodes = [*self.program.evaluations[index:j], self.grid[k]]
+        return Start(chained(first_order(nodes, self.grid, self.prediction), rest), j - index)
 
-    def _tail(self, index: int, options: dict[str, Any]) -> Program | None:
-        """The program from an evaluation on, if a step begins there."""
-        evaluations = self.program.evaluations
-        for k in range(self.grid.steps):
-            if self.grid[k] == evaluations[index]:
-                grid = self.grid.tail(k) if k else self.grid
-                program = compile(self.solver, grid, prediction=self.prediction, **options)
-                return _hosted(program) if program.evaluations == evaluations[index:] else None
-        return None
+    def _resume(self, index: int) -> tuple[int, int]:
+        """The first evaluation from ``index`` on at which the solver can begin, and the node there; else the end."""
+        steps, evaluations = self.grid.steps, self.program.evaluations
+        total = len(evaluations)
+        at = bisect_left(range(steps), index - total, key=lambda k: -self._tail(k, {}).nfe)
+        for k in range(at, steps):
+            tail = self._tail(k, {}).evaluations
+            if tail == evaluations[total - len(tail) :]:
+                return total - len(tail), k
+        return total, steps
+
+    def begins(self, index: int) -> bool:
+        """Whether a step of the solver begins at an evaluation."""
+        return index < self.program.nfe and self._resume(index)[0] == index
+
+    def _tail(self, k: int, options: dict[str, Any]) -> Program:
+        """The program from node ``k`` on, as if the run began there."""
+        grid = self.grid.tail(k) if k else self.grid
+        return hosted(compile(self.solver, grid, prediction=self.prediction, **options))
 
     def edited(self, sigmas: Sequence[float]) -> Plan:
         """The plan after a host has changed ``sigmas`` in place; timesteps stay what was published.
@@ -144,10 +151,13 @@ class Plan:
         Raises ValueError if the new levels cannot be stepped through.
         """
         given = np.asarray(sigmas, dtype=np.float64)
-        steps = [i for i in range(self.program.nfe) if self._tail(i, {}) is not None]
-        kept = [*steps, *range(self.program.nfe, len(given))]
         if len(given) != len(self.sigmas):
             raise ValueError(f"sigmas had {len(self.sigmas)} elements and now have {len(given)}")
+        if not set(self.grid) <= set(self.nodes):
+            raise ValueError(
+                f"solver {self.solver.spec!r} evaluates elsewhere than on the grid; its sigmas cannot be changed"
+            )
+        kept = [self.nodes.index(node) for node in self.grid][:-1] + [*range(self.program.nfe, len(given))]
         if len(kept) == 2 and given[kept[0]] == given[kept[1]]:
             return self  # the only step would have no length
         idle = 0
@@ -159,19 +169,13 @@ class Plan:
         new = np.where(self.sigmas.astype(np.float32) == given, self.sigmas, given)[kept]
         levels = 1.0 - new if self.source.inverted else new
         grid = _grid(self.source, levels, np.array([self.nodes[i].t for i in kept]))
-        return replace(self, grid=grid, idle=idle, _starts={})
-
-
-def _hosted(program: Program) -> Program:
-    """Check that a pipeline can drive the program: its first evaluation is of the state that it is given."""
-    if not isinstance(program.ops[0], Evaluate):
-        first = program.evaluations[0]
-        raise ValueError(
-            f"solver {program.solver!r} changes the state before the first evaluation (churn), which a pipeline cannot "
-            f"host; keep the first level out of it, e.g. with s_max below {program.nodes[program.start].ratio:.4g} "
-            f"(evaluation at {first.ratio:.4g}), or use fewstep.sample()"
-        )
-    return program
+        plan = replace(self, grid=grid, idle=idle, _starts={})
+        if len(plan.nodes) != len(self.nodes):
+            raise ValueError(
+                f"with the changed sigmas solver {self.solver.spec!r} has {plan.program.nfe} evaluations, "
+                f"not {self.program.nfe} as published"
+            )
+        return plan
 
 
 def _grid(source: Source, levels: Array, times: Array) -> TimeGrid:

@@ -71,6 +71,5 @@ class Run:
     begin_index: int | None = None
     step_index: int | None = None
     stepper: Stepper | None = None
-    wait: int = 0
     draws: Draws | None = None
     before: Stepper | None = None

@@ -263,7 +263,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     @_step_index.setter
     def _step_index(self, value: int | None) -> None:
         run = self._run
-        if run.step_index is None or value == run.step_index:
+        if value is None:  # from the start again
+            run.step_index, run.stepper = None, None
+        elif run.step_index is None or value == run.step_index:
             run.step_index = value
         elif value == run.step_index - 1 and run.before is not None:  # Cosmos takes a trial step first
             run.step_index, run.stepper, run.before = value, run.before, None
@@ -422,11 +424,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             model_output = self._mean(model_output, sample)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
         fed, denoised = self._prediction(plan, index, model_output, sample, pred_original_sample)
-        if run.wait:  # nothing to do yet, or no more
-            run.wait -= 1
-            previous = sample
-        else:
-            previous = self._advance(run, plan, fed, sample, generator, variance_noise, model_output.dtype)
+        previous = self._advance(run, plan, fed, sample, generator, variance_noise, model_output.dtype)
         run.step_index = index + 1
         if previous.dtype != dtype:
             previous = previous.to(dtype)
@@ -457,12 +455,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 )
             options["eta"] = float(eta)
         start = plan.start(index, options)
-        run.step_index, run.wait = index, start.wait
-        if start.wait and start.program is not None:
+        run.step_index = index
+        if start.lead:
             self._warn(
                 "stage",
-                f"solver {plan.solver.spec!r} was started at evaluation {index}, between the stages of a step: "
-                f"{start.wait} evaluation is not used",
+                f"solver {plan.solver.spec!r} was started at evaluation {index}, between the stages of a step; it "
+                f"begins at {index + start.lead}, after first-order steps",
             )
         run.draws = Draws()
         # The registers are filled when the first prediction comes.
@@ -594,7 +592,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                     "place", f"timestep {float(timestep):g} is not on the schedule; the nearest is used"
                 )
             for i in nearest:
-                if len(nearest) > 1 and i < run.plan.program.nfe and run.plan.start(int(i)).wait == 0:
+                if len(nearest) > 1 and run.plan.begins(int(i)):
                     return int(i)
         return int(nearest[0])
 

@@ -1,4 +1,4 @@
-"""``sample()``: fewstep owns the loop."""
+"""``sample()`` and ``sample_adaptive()``: fewstep owns the loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike
 
 from ..guidance import CFG, Denoiser, Predictor
 from ..samplers import BrownianNoise, NoiseSource, Solver, Stepper, WhiteNoise, compile, parse
+from ..samplers.adaptive import AdaptiveResult, integrate, landmarks
 from ..schedules import TimeGrid, make_grid
 from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
-from ..schedules.spec import suggestion
+from ..schedules.spec import bind, options_of, suggestion
 
 NoiseKind = Literal["white", "brownian"]
 _NOISE = {"white": WhiteNoise, "brownian": BrownianNoise}
@@ -66,6 +67,71 @@ def sample(
     return stepper.x
 
 
+def sample_adaptive(
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    *,
+    order: Literal[2, 3] = 3,
+    rtol: float = 0.05,
+    atol: float = 0.0078,
+    start: float | None = None,
+    end: float = 0.0,
+    h_init: float = 0.05,
+    pcoeff: float = 0.0,
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    accept_safety: float = 0.81,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    guidance: CFG | float | None = None,
+    seed: int | Sequence[int] = 0,
+    noise: NoiseKind | NoiseSource = "white",
+) -> AdaptiveResult:
+    """Sample with steps that are as long as the tolerances allow: DPM-Solver-12 or -23 (dpm_adaptive of k-diffusion).
+
+    All samples of ``x`` take the same steps, so a result depends on what it is computed together with.
+
+    Args:
+        denoiser: the network, see :class:`fewstep.Denoiser`.
+        x: start state of shape (B, ...) at ``start``, as for :func:`sample`.
+        order: 2 or 3, the evaluations of a step.
+        rtol, atol: tolerated error of a step, relative and absolute in units of x / alpha.
+        start: noise level of x (sigma / alpha; sigma for flow models); the noisiest trained one if None.
+        end: noise level to end at. For 0 the last step is DDIM's, from the cleanest trained level.
+        h_init: first step in lambda = log(alpha / sigma).
+        pcoeff, icoeff, dcoeff: weights of the controller of the step length; only the second acts by default.
+        accept_safety: a step is rejected if it asks for one shorter than this share of itself.
+        eta: above 0 steps are ancestral, with noise scaled by ``s_noise``.
+        s_noise: see ``eta``.
+        guidance, seed, noise: as for :func:`sample`.
+
+    Returns:
+        ``x``, the sample; ``nfe``, evaluations of one sample, ``accepted`` and ``rejected`` steps and the ``levels``
+        passed through.
+
+    Raises:
+        ValueError, TypeError: before the first network call, for any argument that cannot be used.
+        NumericalError: a prediction was not finite, or no step meets the tolerances.
+    """
+    _check(denoiser, x)
+    given = {
+        "order": order,
+        "rtol": rtol,
+        "atol": atol,
+        "h_init": h_init,
+        "pcoeff": pcoeff,
+        "icoeff": icoeff,
+        "dcoeff": dcoeff,
+        "accept_safety": accept_safety,
+        "eta": eta,
+        "s_noise": s_noise,
+    }
+    options = bind(options_of(integrate), given, "sample_adaptive")
+    grid = landmarks(denoiser.noise_schedule, start, end)
+    source = _noise_source(noise, seed, x.shape[0])
+    return integrate(_guided(denoiser, guidance), x, grid, source, **options)
+
+
 def prepare(
     denoiser: Denoiser,
     x: torch.Tensor,
@@ -76,21 +142,29 @@ def prepare(
     guidance: CFG | float | None,
 ) -> tuple[Predictor, TimeGrid, Solver]:
     """Check the arguments of :func:`sample`; the predictor, the grid and the solver of the run."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}")
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 1:
-        raise TypeError("x must be a floating-point tensor of shape (B, ...): the start state")
-    if denoiser.shape is not None and tuple(x.shape[1:]) != denoiser.shape:
-        raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}, the denoiser takes {denoiser.shape}")
+    _check(denoiser, x)
     chosen = parse(solver)
     if sigmas is None:
         grid = make_grid(denoiser.noise_schedule, steps, schedule)
     else:
         levels = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas
         grid = TimeGrid.from_levels(denoiser.noise_schedule, levels)
+    return _guided(denoiser, guidance), grid, chosen
+
+
+def _check(denoiser: Denoiser, x: torch.Tensor) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}")
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 1:
+        raise TypeError("x must be a floating-point tensor of shape (B, ...): the start state")
+    if denoiser.shape is not None and tuple(x.shape[1:]) != denoiser.shape:
+        raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}, the denoiser takes {denoiser.shape}")
+
+
+def _guided(denoiser: Denoiser, guidance: CFG | float | None) -> Predictor:
     if guidance is None:
-        return denoiser, grid, chosen
-    return (guidance if isinstance(guidance, CFG) else CFG(guidance)).bind(denoiser), grid, chosen
+        return denoiser
+    return (guidance if isinstance(guidance, CFG) else CFG(guidance)).bind(denoiser)
 
 
 def _noise_source(noise: NoiseKind | NoiseSource, seed: int | Sequence[int], batch: int) -> NoiseSource:

@@ -1,8 +1,11 @@
-"""DPM-Solver and DPM-Solver++, singlestep: exponential Runge-Kutta methods whose stages are the nodes of the grid."""
+"""DPM-Solver and DPM-Solver++, singlestep: exponential Runge-Kutta methods, with the nodes of the grid as stages."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
+
+import numpy as np
 
 from ..schedules import Node, TimeGrid
 from .coefficients import Form, moments
@@ -66,6 +69,36 @@ def dpmpp_3s(
     return _singlestep(trace, x, grid, 3, form, solver_type, inner, lower_order_final)
 
 
+@solver(
+    "dpm_fast",
+    family="dpm_solver",
+    order=2,
+    reference=PAPER_EPS,
+    aliases={"dpm_solver_fast": "dpm_fast"},
+)
+def dpm_fast(trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
+    """DPM-Solver-fast: as many evaluations as the grid has steps, on stages and steps of its own.
+
+    DPM-Solver-3 (``dpm_3s``: epsilon form, r_1 = 1/3, r_2 = 2/3) over steps of one length in lambda, the last ones
+    DPM-Solver-2 and -1 where the number of evaluations asks for it. Of the grid only the ends and the number of steps
+    count. A node at alpha = 0 and one at sigma = 0 are no ends of an interval in lambda: one DDIM step leads from the
+    first to the second node of the grid, one to the last, and the method runs between.
+    """
+    first, last = int(grid[0].alpha == 0.0), grid.steps - int(grid[-1].sigma == 0.0)
+    sizes = groups(last - first, 3, False) if last > first else []
+    nodes, before, after = list(grid), [1] * first, [1] * (grid.steps - max(first, last))
+    if sizes:
+        nodes[first:last] = _stages(grid, nodes[first], nodes[last], sizes)
+    return _run(trace, x, nodes, [*before, *sizes, *after], "epsilon", "midpoint", "exact")
+
+
+def _stages(grid: TimeGrid, s: Node, t: Node, sizes: list[int]) -> list[Node]:
+    """Evenly spaced stages, ``sizes`` of them in each of as many steps of one length in lambda from s to t."""
+    ends = np.linspace(s.lam, t.lam, len(sizes) + 1)
+    lam = np.concatenate([np.linspace(a, b, k + 1)[:-1] for a, b, k in zip(ends, ends[1:], sizes)])
+    return [s, *(grid.at_ratio(math.exp(-value)) for value in lam[1:])]
+
+
 def groups(steps: int, order: int, final_zero: bool, lower_order_final: bool = True) -> list[int]:
     """How many evaluations each step has: as many of ``order`` as fit, fewer at the end, one to sigma = 0."""
     sizes = [order] * (steps // order) + ([steps % order] if steps % order else [])
@@ -92,6 +125,19 @@ def _singlestep(
     sizes = [1] * alone + (
         groups(grid.steps - alone, order, zero, lower_order_final) if grid.steps > alone else []
     )
+    return _run(trace, x, nodes, sizes, form, solver_type, inner)
+
+
+def _run(
+    trace: Trace,
+    x: Linear,
+    nodes: list[Node],
+    sizes: list[int],
+    form: Form,
+    solver_type: SolverType,
+    inner: Inner,
+) -> Linear:
+    """Steps that take ``sizes`` of the ``nodes`` each, the first of them their start and the others their stages."""
     i = 0
     for size in sizes:
         x, m = trace.evaluate(x, nodes[i])

@@ -30,6 +30,7 @@ PAPER_EPS = "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sam
     aliases={
         "dpm_solver_multistep": "dpmpp_2m",
         "res_multistep": "dpmpp_2m:solver_type=heun",
+        "res_2m": "dpmpp_2m:solver_type=heun",
         "dpm_2m": "dpmpp_2m:form=epsilon",
     },
 )

@@ -1,4 +1,4 @@
-"""Stochastic steps that restore exactly the level they should: coefficients-preserving sampling, and LCM."""
+"""Stochastic steps that restore exactly the level they should: coefficients-preserving sampling."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .trace import Linear, Trace
     family="flow_sde",
     order=lambda eta, **_: 0 if eta > 0 else 1,
     stochastic=lambda eta, **_: eta > 0,
-    aliases={"lcm": "cps:eta=1", "flow_match_euler_stochastic": "cps:eta=1"},
+    aliases={"flow_match_euler_stochastic": "cps:eta=1"},
     reference="FlowCPS, https://github.com/IamCreateAI/FlowCPS",
 )
 def cps(trace: Trace, x: Linear, grid: TimeGrid, *, eta: Fraction = 0.7) -> Linear:
     """Coefficients-preserving sampling: replace a share of the noise that is left by fresh noise.
 
     ``x_t = alpha_t x_0 + sqrt(sigma_t^2 - sd^2) eps + sd z``, ``sd = sigma_t sin(eta pi / 2)``. ``eta = 0`` is DDIM,
-    ``eta = 1`` keeps nothing but the prediction: the step of LCM and of flow models' stochastic sampling. The noise
+    ``eta = 1`` keeps nothing but the prediction: the step of ``lcm`` and of flow models' stochastic sampling. The noise
     does not shrink with the step; more steps are another process, not a finer one, and there is no order.
     """
     for s, t in grid.intervals():

@@ -87,7 +87,8 @@ class Declaration:
 class TransformDeclaration:
     """A registered transform: what it is called, and how it changes what a solver declares.
 
-    ``order_of``, ``weak_order_of`` and ``stochastic_of`` map the inner solver's value, and that solver, to the whole's.
+    ``order_of``, ``weak_order_of``, ``stochastic_of`` and ``startup_of`` map the inner solver's value, and that solver, to
+    the whole's.
     """
 
     name: str
@@ -95,6 +96,7 @@ class TransformDeclaration:
     order_of: Callable[..., int]
     weak_order_of: Callable[..., int]
     stochastic_of: Callable[..., bool]
+    startup_of: Callable[..., int]
     reference: str
 
     @cached_property
@@ -161,17 +163,18 @@ def transform(
     order: Callable[..., int] = lambda order, inner, **_: order,
     weak_order: Callable[..., int] | None = None,
     stochastic: Callable[..., bool] = lambda stochastic, inner, **_: stochastic,
+    startup_evaluations: Callable[..., int] = lambda startup, inner, **_: startup,
 ) -> Callable[[Callable[..., Linear]], Callable[..., Linear]]:
     """Register a transform of solvers, written ``solver+name:options``.
 
-    ``order``, ``weak_order`` (the same unless given) and ``stochastic`` are functions of the inner solver's value, that
-    solver and the options; by default the value stays. In a spec the first option may stand without its name:
-    ``euler+skip:h2/s3``.
+    ``order``, ``weak_order`` (the same unless given), ``stochastic`` and ``startup_evaluations`` are functions of the
+    inner solver's value, that solver and the options; by default the value stays. In a spec the first option may stand
+    without its name: ``euler+skip:h2/s3``.
     """
 
     def register(function: Callable[..., Linear]) -> Callable[..., Linear]:
         _TRANSFORMS[name] = TransformDeclaration(
-            name, function, order, weak_order or order, stochastic, reference
+            name, function, order, weak_order or order, stochastic, startup_evaluations, reference
         )
         return function
 
@@ -265,7 +268,7 @@ class Solver:
     @property
     def startup_evaluations(self) -> int:
         """Network evaluations that the first steps cost on top."""
-        return self.declaration.startup_of(**self.all_options)
+        return self._declared(self.declaration.startup_of, "startup_of")
 
     def _declared(self, base: Callable[..., Any], rule: str) -> Any:
         if not self.transforms:

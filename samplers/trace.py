@@ -100,6 +100,7 @@ class Trace:
     def keep(self, value: Linear) -> Linear:
         """``value`` in a register of its own: what a history should hold."""
         terms = tuple((register, coef) for register, coef in value.terms.items() if coef != 0.0)
+        terms = terms or tuple(value.terms.items())[:1]  # a value that is zero
         if len(terms) == 1 and terms[0][1] == 1.0:
             return Linear(dict(terms))
         return self._write(lambda dst: Combine(dst, terms))

@@ -44,7 +44,7 @@ def error(spec: str, steps: int, schedule: str, truth_schedule: str) -> float:
 def test_second_order_beats_euler_at_ten_evaluations(solver):
     """On the default schedule; PLMS on its own, as its two-stage start is made for grids that begin lower."""
     schedule = "leading" if solver == "plms" else "arctan"
-    steps = 10 - fs.solver(solver).declaration.startup_evaluations
+    steps = 10 - fs.solver(solver).startup_evaluations
     assert sample(solver, steps, schedule)[1] == 10
     assert error(solver, steps, schedule, "arctan") < error("euler", 10, schedule, "arctan")
 

@@ -1,14 +1,15 @@
 """Diffusers pipelines with tiny random weights, built offline: what a scheduler meets in the wild, in milliseconds.
 
-``CASES`` names them, ``MORE`` further families that are built less often. A case builds a pipeline (text encoders are
-None, embeddings are passed) and the arguments of a call; every one has the scheduler that its family ships with. The
-weights are fixed by a seed.
+``CASES`` are 33 ways to call 27 pipeline classes, those marked ``fast`` cover the kinds of use. A case builds a pipeline
+(text encoders are None, embeddings are passed) and the arguments of a call; every one has the scheduler that its
+family ships with. The weights are fixed by a seed.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class Case:
     name: str
     build: Callable[[], Any]
     arguments: Callable[[], dict[str, Any]]
+    fast: bool = False
     flow: bool = False
     callbacks: bool = True
     image_to_image: bool = False
@@ -62,12 +64,12 @@ def _image() -> torch.Tensor:
     return randn(1, 3, IMAGE, IMAGE).clamp(-1, 1) * 0.5 + 0.5
 
 
-def _vae() -> Any:
+def _vae(channels: int = 4) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=IMAGE,
         shift_factor=0.0,
@@ -92,19 +94,45 @@ def _unet(**changes: Any) -> Any:
 _SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def _sd() -> Any:
+_SD_OPTIONS = {
+    "text_encoder": None,
+    "tokenizer": None,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
+
+def _sd(cls: str = "StableDiffusionPipeline", **unet: Any) -> Any:
     scheduler = diffusers.PNDMScheduler(
         **_SCALED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
     )
-    return diffusers.StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return getattr(diffusers, cls)(vae=_vae(), unet=_unet(**unet), scheduler=scheduler, **_SD_OPTIONS)
+
+
+def _sd_v() -> Any:
+    scheduler = diffusers.DDIMScheduler(
+        **_SCALED, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
+    )
+    return diffusers.StableDiffusionPipeline(vae=_vae(), unet=_unet(), scheduler=scheduler, **_SD_OPTIONS)
+
+
+def _controlnet() -> Any:
+    """The components of Stable Diffusion and a ControlNet."""
+    control = diffusers.ControlNetModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        in_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(4, 8),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    source = _pipeline("sd")
+    components = dict(source.components, scheduler=type(source.native).from_config(source.native.config))
+    return diffusers.StableDiffusionControlNetPipeline(
+        **components, controlnet=control, requires_safety_checker=False
     )
 
 
@@ -132,20 +160,20 @@ def _sd3() -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=LATENT,
         patch_size=2,
-        in_channels=4,
+        in_channels=16,
         num_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=8,
         caption_projection_dim=16,
         pooled_projection_dim=8,
-        out_channels=4,
+        out_channels=16,
         pos_embed_max_size=LATENT,
     )
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
+        vae=_vae(16),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -209,16 +237,14 @@ def _ddpm() -> Any:
 
 
 def _converted(name: str, cls: str) -> Callable[[], Any]:
-    """The same components in another pipeline class."""
+    """The components of one pipeline in another class."""
 
     def build() -> Any:
-        source = _pipeline(name)
-        components = dict(source.components, scheduler=type(source.native).from_config(source.native.config))
-        if "StableDiffusionXL" in cls:
-            return getattr(diffusers, cls)(**components, add_watermarker=False)
-        return getattr(diffusers, cls)(
-            **components, **({"requires_safety_checker": False} if name == "sd" else {})
-        )
+        source, target = _pipeline(name), getattr(diffusers, cls)
+        options = {"requires_safety_checker": False, "add_watermarker": False, **source.components}
+        options["scheduler"] = type(source.native).from_config(source.native.config)
+        taken = inspect.signature(target.__init__).parameters
+        return target(**{k: v for k, v in options.items() if k in taken})
 
     return build
 
@@ -259,55 +285,6 @@ _MASK = {
     "image": _image,
     "strength": 1.0,
 }
-
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case("sd", _sd, _text(**_size())),
-        Case(
-            "sd_img2img",
-            _converted("sd", "StableDiffusionImg2ImgPipeline"),
-            _text(**_FROM_IMAGE),
-            image_to_image=True,
-        ),
-        Case(
-            "sd_inpaint",
-            _converted("sd", "StableDiffusionInpaintPipeline"),
-            _text(**_MASK, **_size()),
-        ),
-        Case("sdxl", _sdxl, _text(**_POOLED, **_size())),
-        Case(
-            "sdxl_img2img",
-            _converted("sdxl", "StableDiffusionXLImg2ImgPipeline"),
-            _text(**_POOLED, **_FROM_IMAGE),
-            image_to_image=True,
-        ),
-        Case("sd3", _sd3, _text(**_POOLED, **_size()), flow=True),
-        Case(
-            "sd3_img2img",
-            _converted("sd3", "StableDiffusion3Img2ImgPipeline"),
-            _text(**_POOLED, **_FROM_IMAGE, **_size()),
-            flow=True,
-            image_to_image=True,
-        ),
-        Case("flux", _flux, _flux_text(**_size()), flow=True),
-        Case(
-            "flux_img2img",
-            _converted("flux", "FluxImg2ImgPipeline"),
-            _flux_text(**_FROM_IMAGE, **_size()),
-            flow=True,
-            image_to_image=True,
-        ),
-        Case(
-            "dit",
-            _dit,
-            lambda: {"class_labels": [3], "guidance_scale": 2.0, "output_type": "np"},
-            callbacks=False,
-        ),
-        Case("ddpm", _ddpm, lambda: {"output_type": "np"}, callbacks=False),
-    )
-}
-
 
 def _pixart() -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
@@ -503,6 +480,38 @@ def _cogvideox() -> Any:
     )
 
 
+def _cosmos() -> Any:
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=False,  # the mask is resized with torchvision
+        extra_pos_embed_type="learnable",
+    )
+    return diffusers.Cosmos2TextToImagePipeline(
+        transformer=transformer,
+        vae=_pipeline("wan").vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=Unguarded(),
+    )
+
+
+class Unguarded(torch.nn.Module):
+    """Cosmos asks for a safety checker; latents are not shown to it."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
 def _masked() -> dict[str, Any]:
     return {"prompt_attention_mask": torch.ones(1, 5), "negative_prompt_attention_mask": torch.ones(1, 5)}
 
@@ -518,39 +527,157 @@ def _prompt(**more: Any) -> Callable[[], dict[str, Any]]:
 _BINNING = {"use_resolution_binning": False, "negative_prompt": None}
 _VIDEO = {"height": 16, "width": 16}
 
-MORE: dict[str, Case] = {
+_QWEN = {
+    "prompt_embeds": lambda: randn(1, 5, 16),
+    "prompt_embeds_mask": lambda: torch.ones(1, 5, dtype=torch.long),
+    "true_cfg_scale": 1.0,
+    "output_type": "latent",
+}
+_Z_IMAGE = {
+    "prompt_embeds": lambda: [randn(5, 16)],
+    "negative_prompt_embeds": lambda: [randn(5, 16, seed=8)],
+}
+
+
+def _plain(*parts: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    return lambda: {k: v() if callable(v) else v for part in parts for k, v in part.items()}
+
+
+CASES: dict[str, Case] = {
     case.name: case
     for case in (
+        Case("sd", _sd, _text(**_size()), fast=True),
+        Case(
+            "sd_img2img",
+            _converted("sd", "StableDiffusionImg2ImgPipeline"),
+            _text(**_FROM_IMAGE),
+            fast=True,
+            image_to_image=True,
+        ),
+        Case(
+            "sd_inpaint",
+            _converted("sd", "StableDiffusionInpaintPipeline"),
+            _text(**_MASK, **_size()),
+            fast=True,
+        ),
+        Case(
+            "sd_inpaint_9",  # a network that is given the mask and the masked image
+            lambda: _sd("StableDiffusionInpaintPipeline", in_channels=9),
+            _text(**_MASK, **_size()),
+        ),
+        Case("sd_v", _sd_v, _text(**_size())),
+        Case("controlnet", _controlnet, _text(image=_image), fast=True),
+        Case(
+            "controlnet_img2img",
+            _converted("controlnet", "StableDiffusionControlNetImg2ImgPipeline"),
+            _text(**_FROM_IMAGE, control_image=_image, guess_mode=True),
+            image_to_image=True,
+        ),
+        Case(
+            "controlnet_inpaint",
+            _converted("controlnet", "StableDiffusionControlNetInpaintPipeline"),
+            _text(**_MASK, control_image=_image),
+        ),
+        Case("sdxl", _sdxl, _text(**_POOLED, **_size()), fast=True),
+        Case(
+            "sdxl_img2img",
+            _converted("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+            _text(**_POOLED, **_FROM_IMAGE),
+            fast=True,
+            image_to_image=True,
+        ),
+        Case(
+            "sdxl_inpaint",
+            _converted("sdxl", "StableDiffusionXLInpaintPipeline"),
+            _text(**_POOLED, **_MASK, **_size()),
+        ),
+        Case(
+            "sdxl_end",
+            _converted("sdxl", "StableDiffusionXLPipeline"),
+            _text(**_POOLED, **_size(), denoising_end=0.6),
+        ),
+        Case(
+            "sdxl_start",
+            _converted("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+            _text(**_POOLED, denoising_start=0.4, image=lambda: randn(1, 4, LATENT, LATENT)),
+            image_to_image=True,
+        ),
+        Case("sd3", _sd3, _text(**_POOLED, **_size()), fast=True, flow=True),
+        Case(
+            "sd3_img2img",
+            _converted("sd3", "StableDiffusion3Img2ImgPipeline"),
+            _text(**_POOLED, **_FROM_IMAGE, **_size()),
+            fast=True,
+            flow=True,
+            image_to_image=True,
+        ),
+        Case(
+            "sd3_inpaint",
+            _converted("sd3", "StableDiffusion3InpaintPipeline"),
+            _text(**_POOLED, **_MASK, **_size()),
+            flow=True,
+        ),
+        Case("flux", _flux, _flux_text(**_size()), fast=True, flow=True),
+        Case(
+            "flux_img2img",
+            _converted("flux", "FluxImg2ImgPipeline"),
+            _flux_text(**_FROM_IMAGE, **_size()),
+            fast=True,
+            flow=True,
+            image_to_image=True,
+        ),
+        Case(
+            "flux_inpaint",
+            _converted("flux", "FluxInpaintPipeline"),
+            _flux_text(**_MASK, **_size()),
+            flow=True,
+        ),
+        Case("qwen", _qwen, _plain(_QWEN, _size()), flow=True),
+        Case(
+            "qwen_img2img",
+            _converted("qwen", "QwenImageImg2ImgPipeline"),
+            _plain(_QWEN, _FROM_IMAGE, _size()),
+            flow=True,
+            image_to_image=True,
+        ),
+        Case(
+            "qwen_inpaint",
+            _converted("qwen", "QwenImageInpaintPipeline"),
+            _plain(_QWEN, _MASK, _size()),
+            flow=True,
+        ),
+        Case("z_image", _z_image, _prompt(**_size(), **_Z_IMAGE), flow=True),
+        Case(
+            "z_image_img2img",
+            _converted("z_image", "ZImageImg2ImgPipeline"),
+            _prompt(**_FROM_IMAGE, **_size(), **_Z_IMAGE),
+            flow=True,
+            image_to_image=True,
+        ),
         Case("pixart", _pixart, lambda: {**_prompt(**_size(), **_BINNING)(), **_masked()}, callbacks=False),
+        Case(
+            "dit",
+            _dit,
+            lambda: {"class_labels": [3], "guidance_scale": 2.0, "output_type": "np"},
+            fast=True,
+            callbacks=False,
+        ),
+        Case("ddpm", _ddpm, lambda: {"output_type": "np"}, fast=True, callbacks=False),
         Case(
             "sana",
             _sana,
             lambda: {**_prompt(**_size(), **_BINNING)(), **_masked(), "complex_human_instruction": None},
             flow=True,
         ),
-        Case(
-            "qwen",
-            _qwen,
-            lambda: {
-                "prompt_embeds": randn(1, 5, 16),
-                "prompt_embeds_mask": torch.ones(1, 5, dtype=torch.long),
-                "true_cfg_scale": 1.0,
-                "output_type": "latent",
-                **_size(),
-            },
-            flow=True,
-        ),
-        Case(
-            "z_image",
-            _z_image,
-            _prompt(
-                **_size(),
-                prompt_embeds=lambda: [randn(5, 16)],
-                negative_prompt_embeds=lambda: [randn(5, 16, seed=8)],
-            ),
-            flow=True,
-        ),
         Case("wan", _wan, _prompt(**_VIDEO, num_frames=5), flow=True, output="frames"),
+        Case(
+            "wan_video2video",
+            _converted("wan", "WanVideoToVideoPipeline"),
+            _prompt(**_VIDEO, video=lambda: [_image()[0, :, :16, :16]] * 5, strength=0.6),
+            flow=True,
+            image_to_image=True,
+            output="frames",
+        ),
         Case(
             "ltx",
             _ltx,
@@ -559,6 +686,7 @@ MORE: dict[str, Case] = {
             output="frames",
         ),
         Case("cogvideox", _cogvideox, _prompt(**_VIDEO, num_frames=8), output="frames"),
+        Case("cosmos", _cosmos, _prompt(**_size()), flow=True),
     )
 }
 
@@ -567,7 +695,7 @@ MORE: dict[str, Case] = {
 def _pipeline(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = (CASES | MORE)[name].build()
+        pipe = CASES[name].build()
     pipe.set_progress_bar_config(disable=True)
     pipe.native = pipe.scheduler
     for part in pipe.components.values():

@@ -271,16 +271,20 @@ def test_image_to_image_starts_with_a_clean_history() -> None:
         assert torch.equal(part, run(ours))
 
 
-def test_churn_from_the_middle_is_that_of_the_whole_run() -> None:
+def test_churn_starts_at_the_raised_level() -> None:
+    """Noise on a noisy state is the state at a higher level: a pipeline starts there, at the first step or later."""
     ours = FewStepScheduler(**SD, solver="euler:churn=5,s_max=3", timestep_spacing="trailing")
     ours.set_timesteps(10)
     assert ours.timesteps[:3].tolist() == [999, 899, 799]
     assert ours.timesteps[5] > 499  # raised by churn
-    ours.set_begin_index(2)
-    assert torch.isfinite(run(ours, start=2)).all()
-    ours.set_timesteps(10)
-    ours.set_begin_index(6)  # churn comes before this evaluation, so nothing begins here
-    with pytest.raises(ValueError, match="possible starts: 0, 1, 2"):
-        run(ours, start=6)
-    with pytest.raises(ValueError, match="before the first evaluation"):
-        FewStepScheduler(**SD, solver="euler:churn=5").set_timesteps(10)
+    for begin in (2, 6):
+        ours.set_timesteps(10)
+        ours.set_begin_index(begin)
+        level = ours.add_noise(torch.zeros_like(X), torch.ones_like(X), torch.tensor([0]))
+        expected = ours.sigmas[begin] / (1 + ours.sigmas[begin] ** 2).sqrt()
+        assert torch.allclose(level, expected)
+        assert torch.isfinite(run(ours, start=begin)).all()
+        assert ours.step_index == 10
+    edm = FewStepScheduler(sigma_data=0.5, solver="euler:churn=4")
+    edm.set_timesteps(10)
+    assert edm.init_noise_sigma == edm.sigmas[0] == pytest.approx(80 * 1.4)

@@ -26,7 +26,7 @@ def full_grid(schedule: str, steps: int) -> TimeGrid:
     return make_grid(checks.SCHEDULES[schedule], steps, "karras")
 
 
-@pytest.mark.parametrize("spec", VARIANTS)
+@pytest.mark.parametrize("spec", [v for v in VARIANTS if v not in checks.INEXACT])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_is_exact_on_a_point_mass(spec, schedule):
     for grid in (
@@ -34,7 +34,14 @@ def test_is_exact_on_a_point_mass(spec, schedule):
         full_grid(schedule, 6),
         full_grid(schedule, 1),
     ):
-        assert checks.exactness_error(fs.compile(spec, grid), grid) < 4e-12 * grid[0].sigma
+        error = checks.exactness_error(fs.compile(spec, grid), grid, spec in checks.SIGNAL_ONLY)
+        assert error < 4e-12 * grid[0].sigma
+
+
+@pytest.mark.parametrize("spec", sorted(checks.SIGNAL_ONLY))
+def test_exceptions_from_exactness_are_needed(spec):
+    grid = checks.ratio_grid(checks.SCHEDULES["vp"], 7)
+    assert checks.exactness_error(fs.compile(spec, grid), grid) > 1e-3
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -42,7 +49,8 @@ def test_is_exact_on_a_point_mass(spec, schedule):
 def test_has_the_declared_order(spec, schedule):
     solver = fs.solver(spec)
     factory = lambda grid: fs.compile(solver, grid)  # noqa: E731
-    observed = checks.slope(factory, checks.SCHEDULES[schedule], solver.stochastic)
+    # Twice the steps would bring fifth order down to rounding.
+    observed = checks.slope(factory, checks.SCHEDULES[schedule], solver.stochastic, solver.order == 4)
     if solver.order == 0:  # noise that does not shrink with the step: nothing converges
         assert observed < 0.5
     elif solver.stochastic:  # strong order; a good drift can show more until its error is below the noise's
@@ -51,27 +59,37 @@ def test_has_the_declared_order(spec, schedule):
         assert abs(observed - solver.order) < 0.2, f"{spec}: order {observed:.2f}, declared {solver.order}"
 
 
+@pytest.mark.parametrize("spec", [v for v in VARIANTS if fs.solver(v).stochastic])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_has_the_declared_weak_order(spec, schedule):
+    solver = fs.solver(spec)
+    observed = checks.weak_slope(lambda grid: fs.compile(solver, grid), checks.SCHEDULES[schedule])
+    if solver.weak_order > 0:
+        assert observed > solver.weak_order - 0.2, f"{observed:.2f}, declared {solver.weak_order}"
+
+
 @pytest.mark.parametrize("spec", VARIANTS)
 def test_a_planted_wrong_coefficient_is_caught(spec):
     solver, schedule = fs.solver(spec), checks.SCHEDULES["vp"]
     grid = checks.ratio_grid(schedule, 7)
     planted = checks.plant_inconsistent(fs.compile(solver, grid))
-    assert checks.exactness_error(planted, grid) > 1e-4
+    assert checks.exactness_error(planted, grid, spec in checks.SIGNAL_ONLY) > 1e-4
     # A wrong coefficient that keeps the sum is invisible to a point mass; the order shows it.
     if solver.order > 1 and planted != checks.plant_lower_order(planted):
         observed = checks.slope(lambda g: checks.plant_lower_order(fs.compile(solver, g)), schedule, False)
         assert observed < solver.order - 0.2
 
 
-@pytest.mark.parametrize("spec", VARIANTS)
+@pytest.mark.parametrize("spec", [v for v in VARIANTS if "+skip" not in v and "+restart" not in v])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_spends_the_evaluations_it_declares(spec, schedule):
     solver = fs.solver(spec)
     cost, extra = solver.evaluations_per_step, solver.startup_evaluations
-    assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost + extra
+    fewer = checks.FEWER.get(solver.name, 0)
+    assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost + extra - fewer
     # A step to sigma = 0 has one stage; in the EDM frame so has one from alpha = 0.
     nfe = fs.compile(spec, full_grid(schedule, 7)).nfe
-    assert 7 + 5 * (cost - 1) <= nfe <= 7 + 6 * (cost - 1) + extra
+    assert 7 + 5 * (cost - 1) - fewer <= nfe <= 7 + 6 * (cost - 1) + max(extra, 0)
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -171,4 +189,5 @@ def test_program_survives_json_and_describes_itself(spec, schedule):
     program = fs.compile(spec, full_grid(schedule, 5))
     assert fs.Program.from_json(program.to_json()) == program
     assert str(program.nfe) in program.describe()
-    assert program.history <= max(4, fs.solver(spec).all_options.get("order", 0)) + 1
+    solver = fs.solver(spec)
+    assert program.history <= max(4, solver.all_options.get("order", 0)) + 1 + 2 * len(solver.transforms)

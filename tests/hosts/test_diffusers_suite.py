@@ -1,0 +1,171 @@
+"""diffusers' own scheduler tests, run against FewStepScheduler in the role of each class that has a counterpart here.
+
+They are not in diffusers' package: ``FEWSTEP_DIFFUSERS_TESTS`` names a checkout. A role takes the arguments of the class
+that it stands for, so it is a subclass that reads them with that class and chooses the solver they mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CHECKOUT = os.environ.get("FEWSTEP_DIFFUSERS_TESTS")
+if not CHECKOUT:
+    pytest.skip("FEWSTEP_DIFFUSERS_TESTS names no checkout of diffusers", allow_module_level=True)
+
+import fewstep as fs
+
+diffusers: Any = pytest.importorskip("diffusers")
+FewStepScheduler: Any = fs.FewStepScheduler
+Config = Mapping[str, Any]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _dpm(config: Config) -> str:
+    order, kind = config["solver_order"], config["algorithm_type"]
+    form = "denoised" if kind.endswith("++") else "epsilon"
+    final = config["lower_order_final"] and "true" or "false"
+    if kind.startswith("sde"):
+        return f"dpmpp_{order}m_sde:solver_type={config['solver_type']}" if order == 2 else "dpmpp_2m_sde"
+    if order == 1:
+        return "ddim"
+    return f"dpmpp_{order}m:form={form},solver_type={config['solver_type']},lower_order_final={final}"
+
+
+def _single(config: Config) -> str:
+    order, kind = config["solver_order"], config["algorithm_type"]
+    form = "denoised" if kind.endswith("++") else "epsilon"
+    if kind.startswith("sde"):
+        return "dpmpp_2m_sde"
+    if order == 1:
+        return "ddim"
+    more = ",inner=midpoint" if order == 3 else ""
+    return f"dpmpp_{order}s:form={form},solver_type={config['solver_type']}{more}"
+
+
+def _unipc(config: Config) -> str:
+    form = "denoised" if config["predict_x0"] else "epsilon"
+    off = "/".join(map(str, config["disable_corrector"]))
+    final = config["lower_order_final"] and "true" or "false"
+    spec = f"unipc:order={config['solver_order']},variant={config['solver_type']},form={form}"
+    return f"{spec},lower_order_final={final}" + (f",disable_corrector={off}" if off else "")
+
+
+# Class -> its test module, the solver that a config means, and whether the class keeps x / alpha.
+ROLES: dict[str, tuple[str, Callable[[Config], str], bool]] = {
+    "DDIMScheduler": ("ddim", lambda c: "ddim", False),
+    "DDPMScheduler": ("ddpm", lambda c: "ddim:eta=1", False),
+    "EulerDiscreteScheduler": ("euler", lambda c: "euler", True),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", lambda c: "euler_ancestral", True),
+    "HeunDiscreteScheduler": ("heun", lambda c: "heun", True),
+    "LMSDiscreteScheduler": ("lms", lambda c: "lms", True),
+    "PNDMScheduler": ("pndm", lambda c: "plms", False),
+    "DPMSolverMultistepScheduler": ("dpm_multi", _dpm, False),
+    "DPMSolverSinglestepScheduler": ("dpm_single", _single, False),
+    "UniPCMultistepScheduler": ("unipc", _unipc, False),
+    "DEISMultistepScheduler": ("deis", lambda c: f"deis:order={c['solver_order']},variable=log_rho", False),
+    "SASolverScheduler": ("sasolver", lambda c: "sa_solver", False),
+    "IPNDMScheduler": ("ipndm", lambda c: "ipndm", False),
+    "KDPM2DiscreteScheduler": ("kdpm2_discrete", lambda c: "dpm_2", True),
+    "KDPM2AncestralDiscreteScheduler": ("kdpm2_ancestral", lambda c: "dpm_2_ancestral", True),
+}
+
+
+def role(name: str, solver: Callable[[Config], str], scaled: bool) -> Any:
+    native = getattr(diffusers, name)
+
+    class Role(FewStepScheduler):
+        _deprecated_kwargs = native._deprecated_kwargs
+        # Those whose requirements are installed.
+        _compatibles = [n for n in native._compatibles if not hasattr(getattr(diffusers, n), "_backends")]
+
+        order = native.order
+
+        def __init__(self, **options: Any) -> None:
+            if "solver" in options:
+                super().__init__(**options)
+                return
+            source = native(**options)
+            made = FewStepScheduler.from_config(source.config, solver=solver(source.config))
+            self.__setstate__(made.__getstate__())
+
+        @staticmethod
+        def _get_init_keys(input_class: type) -> set[str]:
+            return {"self", *FewStepScheduler._parameters()}
+
+        @classmethod
+        def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            if "solver" not in config:
+                kwargs.setdefault("solver", solver(native.from_config(config).config))
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    class Scaled(Role):
+        """Shows and takes x / alpha."""
+
+        def _alpha(self, index: int) -> float:
+            return float((1.0 + self.sigmas[index].double() ** 2) ** -0.5)
+
+        @property
+        def init_noise_sigma(self) -> Any:
+            made = native.from_config(self.config)
+            made.set_timesteps(self.num_inference_steps or 10)
+            return made.init_noise_sigma
+
+        def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+            index = self._first_index(timestep) if self.step_index is None else self.step_index
+            return self._alpha(index) * sample
+
+        @functools.wraps(FewStepScheduler.step)
+        def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            index = self._first_index(timestep) if self.step_index is None else self.step_index
+            out = super().step(model_output, timestep, self._alpha(index) * sample, *args, **kwargs)
+            previous = out[0] / self._alpha(index + 1)
+            if kwargs.get("return_dict", True):
+                return type(out)(previous, out[1])
+            return previous, out[1]
+
+        def add_noise(self, original: Any, noise: Any, timesteps: Any) -> torch.Tensor:
+            noised = super().add_noise(original, noise, timesteps)
+            return noised / self._alpha(self._first_index(timesteps[0]))
+
+    Role.__name__ = Role.__qualname__ = Scaled.__name__ = Scaled.__qualname__ = name
+    return Scaled if scaled else Role
+
+
+def upstream(module: str) -> Any:
+    """A test module of the checkout, as part of a package of another name than ours."""
+    if "_upstream_tests" not in sys.modules:
+        package = types.ModuleType("_upstream_tests")
+        package.__path__ = [str(Path(CHECKOUT or "") / "tests")]
+        sys.modules["_upstream_tests"] = package
+    return importlib.import_module(f"_upstream_tests.schedulers.{module}")
+
+
+def cases() -> dict[str, type]:
+    """The test classes of the checkout with our class in place of theirs; by identity they make exceptions for some."""
+    found = {}
+    for name, (module, solver, scaled) in ROLES.items():
+        ours, tests, common = (
+            role(name, solver, scaled),
+            upstream(f"test_scheduler_{module}"),
+            upstream("test_schedulers"),
+        )
+        for test in (tests, common):
+            if hasattr(test, name):
+                setattr(test, name, ours)
+        for cls in vars(tests).values():
+            if isinstance(cls, type) and issubclass(cls, common.SchedulerCommonTest) and cls.__module__ == tests.__name__:
+                found[cls.__name__] = type(cls.__name__, (cls,), {"scheduler_classes": (ours,)})
+    return found
+
+
+globals().update(cases())
