@@ -13,7 +13,14 @@ import fewstep as fs
 from fewstep.eval.models import load_model
 
 INDICES = list(range(24))
-MULTISTEP = [name for name, d in fs.solvers().items() if not d.stochastic and d.evaluations_per_step == 1]
+# dpm_fast reads only the ends of a grid and ends at first order: at 10 evaluations it loses to Euler on arctan, .070 to
+# .050, and wins from 15 on.
+OWN_TIMES = {"dpm_fast"}
+MULTISTEP = [
+    name
+    for name, d in fs.solvers().items()
+    if not d.stochastic and d.evaluations_per_step == 1 and name not in OWN_TIMES
+]
 SECOND = [name for name in MULTISTEP if fs.solver(name).order >= 2]
 CONVERGED = "unipc:order=3,lower_order_final=false"
 
