@@ -1,7 +1,7 @@
 """A method of guidance: its options, the hooks it may have, and the registry of all.
 
 A method is a frozen dataclass under :func:`method`; its fields are its options, in Python and in text. What changes
-during a run is in the state that :meth:`Method.start` makes. Methods act in the order of their ``rank``, which follows
+during a run is in the state that :meth:`Method.begin` makes. Methods act in the order of their ``rank``, which follows
 the phases below, whatever the order in which they were added:
 
 ==========  =====================  =================================================================================
@@ -22,11 +22,13 @@ rank        hook                   does
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 from typing import get_type_hints
@@ -102,7 +104,7 @@ class Method:
     def check(self, run: Run, guidance: Guidance) -> None:
         """ValueError for a run or company that it cannot work with."""
 
-    def start(self, run: Run) -> Any:
+    def begin(self, run: Run) -> Any:
         """The state for one run."""
         return None
 
@@ -180,11 +182,11 @@ class Method:
             if key == "scale":
                 value = check_scale(value)
             object.__setattr__(self, key, option.convert(value, f"guidance {self.name!r}"))
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if _is_callable(get_type_hints(type(self))[item.name]) and value is not None and not callable(value):
+        for key in _callables(type(self)):
+            value = getattr(self, key)
+            if value is not None and not callable(value):
                 raise TypeError(
-                    f"option {item.name!r} of guidance {self.name!r} must be callable, got {type(value).__name__}"
+                    f"option {key!r} of guidance {self.name!r} must be callable, got {type(value).__name__}"
                 )
 
     def __deepcopy__(self, memo: object) -> Method:
@@ -250,10 +252,14 @@ def _has_text(annotation: Any) -> bool:
     return origin is Literal or origin is tuple or annotation in (int, float, bool, str)
 
 
+@cache
+def _callables(cls: type[Method]) -> tuple[str, ...]:
+    """Fields that hold a function or a network."""
+    hints = get_type_hints(cls)
+    return tuple(f.name for f in dataclasses.fields(cls) if _is_callable(hints[f.name]))  # type: ignore[arg-type]
+
+
 def _is_callable(annotation: Any) -> bool:
-    parts = [a for a in get_args(annotation) if a is not type(None)] if _is_union(annotation) else [annotation]
-    return all(get_origin(part) is not None and "Callable" in str(get_origin(part)) for part in parts)
-
-
-def _is_union(annotation: Any) -> bool:
-    return get_origin(annotation) in (Union, types.UnionType)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(a is type(None) or _is_callable(a) for a in get_args(annotation))
+    return get_origin(annotation) is collections.abc.Callable

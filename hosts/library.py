@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from numpy.typing import ArrayLike
@@ -16,6 +17,9 @@ from ..samplers.adaptive import AdaptiveResult, integrate, landmarks
 from ..schedules import TimeGrid, make_grid
 from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
 from ..schedules.spec import bind, options_of, suggestion
+
+if TYPE_CHECKING:
+    from ..tuning import Recipe
 
 NoiseKind = Literal["white", "brownian"]
 _NOISE = {"white": WhiteNoise, "brownian": BrownianNoise}
@@ -33,6 +37,7 @@ def sample(
     seed: int | Sequence[int] = 0,
     noise: NoiseKind | NoiseSource = "white",
     progress: bool = False,
+    recipe: str | Path | Recipe | None = None,
 ) -> torch.Tensor:
     """Sample from a denoiser.
 
@@ -49,6 +54,7 @@ def sample(
         seed: an integer (sample i uses seed + i) or one integer a sample; for stochastic solvers.
         noise: ``"white"``, ``"brownian"`` (the same path for any number of steps) or a noise source.
         progress: show a progress bar on stderr.
+        recipe: file written by ``fewstep tune`` instead of solver, steps and schedule.
 
     Returns:
         The sample, shape of x, dtype the promotion of x's and the network's.
@@ -57,7 +63,12 @@ def sample(
         ValueError, TypeError: before the first network call, for any argument that cannot be used.
         NumericalError: a prediction was not finite; names step, time and solver.
     """
-    predictor, grid, chosen = prepare(denoiser, x, solver, steps, schedule, sigmas, guidance)
+    if recipe is None:
+        predictor, grid, chosen = prepare(denoiser, x, solver, steps, schedule, sigmas, guidance)
+    else:
+        if (solver, steps, schedule, sigmas) != ("unipc", 8, DEFAULT_SCHEDULE, None):
+            raise ValueError("a recipe has its own solver, steps and levels; leave those arguments out")
+        predictor, grid, chosen = _prepared(denoiser, x, recipe, guidance)
     program = compile(chosen, grid, prediction=predictor.prediction)
     stepper = Stepper(program, x, _noise_source(noise, seed, x.shape[0]) if program.stochastic else None)
     with _progress(program.nfe, chosen.spec, progress) as advance:
@@ -150,6 +161,19 @@ def prepare(
         levels = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas
         grid = TimeGrid.from_levels(denoiser.noise_schedule, levels)
     return _guided(denoiser, guidance), grid, chosen
+
+
+def _prepared(
+    denoiser: Denoiser, x: torch.Tensor, recipe: str | Path | Recipe, guidance: CFG | float | None
+) -> tuple[Predictor, TimeGrid, Solver]:
+    from ..tuning import load
+
+    _check(denoiser, x)
+    loaded = load(recipe)
+    grid = loaded.grid(denoiser.noise_schedule)
+    scale = guidance.scale if isinstance(guidance, CFG) else guidance
+    loaded.check(guidance="" if scale is None else f"cfg:{scale:g}")
+    return _guided(denoiser, guidance), grid, loaded.solver
 
 
 def _check(denoiser: Denoiser, x: torch.Tensor) -> None:

@@ -64,7 +64,9 @@ def ridge(
         gram = features.T @ features
         scale = gram.diagonal().sqrt()
         system = gram / scale[:, None] / scale + strength * torch.eye(len(scale), device=gram.device).double()
-        change = torch.linalg.solve(system, features.T @ (truth.at(t) - base).flatten().double() / scale) / scale
+        change = (
+            torch.linalg.solve(system, features.T @ (truth.at(t) - base).flatten().double() / scale) / scale
+        )
         for j, w in enumerate(change.tolist()):
             row[j] += w
         z = advance(row, z, history)
@@ -228,7 +230,9 @@ def _derivative(
             history = [source.predict(truth.indices, z, s), *history]
             z = advance(row, z, history)
         new = [q for q, (step, _) in enumerate(family.entries) if step == i]
-        along = [states[i] if family.entries[q][1] == 0 else predictions[i + 1 - family.entries[q][1]] for q in new]
+        along = [
+            states[i] if family.entries[q][1] == 0 else predictions[i + 1 - family.entries[q][1]] for q in new
+        ]
         ends = [states[i + 1] + PUSH * float(family.units[q]) * d for q, d in zip(new, along)]
         z = torch.cat([z, *ends])
         repeats = (len(new),) + (1,) * (states[0].ndim - 1)

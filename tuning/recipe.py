@@ -35,7 +35,7 @@ class Recipe:
 
     Attributes:
         nfe: network evaluations of a sample (each counted once, guided or not).
-        levels: noise levels (sigma / alpha; sigma for flow models), the first of the start state, the last of the result.
+        levels: noise levels (sigma / alpha; sigma for flow models), of the start state first and of the result last.
         rows: for every step the weight of the state and of the newest predictions, see :class:`Table`.
         kind: ``"fitted"``, or ``"fixed"`` if no fit was better than a method without tuning, which it then is.
         method: what was fitted, or the fixed choice: ``"solver on spacing"``.
@@ -95,7 +95,8 @@ class Recipe:
         """Warn where it is used for something else than what it was fitted to; ``None`` is not compared."""
         if fingerprint is not None and fingerprint != self.fingerprint:
             warnings.warn(
-                f"this recipe was fitted to other weights ({self.model}); fewstep tune fits one to these", stacklevel=3
+                f"this recipe was fitted to other weights ({self.model}); fewstep tune fits one to these",
+                stacklevel=3,
             )
         if guidance is not None and guidance != self.guidance:
             mine, other = self.guidance or "no guidance", guidance or "none"

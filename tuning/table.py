@@ -1,7 +1,7 @@
 """A sampler as numbers: the levels it visits and, for every step, weights of the state and of past predictions.
 
-In the frame ``z = x / sqrt(alpha^2 + sigma^2)``, which is regular at both ends of a noise schedule and the same whatever
-frame a host keeps its states in, every linear multistep method with one evaluation a step reads
+In the frame ``z = x / sqrt(alpha^2 + sigma^2)``, which is regular at both ends of a noise schedule and the same for
+every frame that a host keeps its states in, a linear multistep method with one evaluation a step reads
 
 ``z_{i+1} = a_i z_i + sum_j b_ij D_{i-j}``,  D the denoised predictions, newest first.
 """
@@ -38,8 +38,8 @@ def angle(node: Node) -> float:
 class Table:
     """Levels (of the noise schedule, decreasing, the last of them of the result) and one row of weights a step.
 
-    A row is ``(a, b_0, b_1, ...)``: the weight of the state, then of the predictions from the newest back, as many as are
-    used.
+    A row is ``(a, b_0, b_1, ...)``: the weight of the state, then of the predictions from the newest back, as many as
+    are used.
     """
 
     levels: tuple[float, ...]
@@ -47,7 +47,9 @@ class Table:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.levels) - 1 or not self.rows:
-            raise ValueError(f"{len(self.levels)} levels need {len(self.levels) - 1} rows, got {len(self.rows)}")
+            raise ValueError(
+                f"{len(self.levels)} levels need {len(self.levels) - 1} rows, got {len(self.rows)}"
+            )
         for i, row in enumerate(self.rows):
             if not 2 <= len(row) <= i + 2:
                 raise ValueError(

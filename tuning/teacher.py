@@ -63,7 +63,10 @@ class Source:
         prediction = torch.cat(parts)
         if not torch.isfinite(prediction).all():
             raise NumericalError(
-                f"the network's prediction is not finite (NaN or infinity) at t = {node.t:g}", 0, node.t, "tuning"
+                f"the network's prediction is not finite (NaN or infinity) at t = {node.t:g}",
+                0,
+                node.t,
+                "tuning",
             )
         return prediction
 
@@ -147,7 +150,9 @@ def solve(
         advance(len(chunk))
     angles = np.array([angle(node) for node in list(grid)[:-1]])
     device = source.noise(list(indices[:1])).device
-    states, predictions = (torch.from_numpy(np.concatenate([p[k] for p in parts], 1)).to(device) for k in (0, 1))
+    states, predictions = (
+        torch.from_numpy(np.concatenate([p[k] for p in parts], 1)).to(device) for k in (0, 1)
+    )
     result = torch.from_numpy(np.concatenate([p[2] for p in parts])).to(device)
     return Trajectories(tuple(indices), angles, states, predictions, result)
 

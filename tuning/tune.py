@@ -11,10 +11,19 @@ import numpy as np
 from ..samplers import NumericalError
 from ..schedules import NoiseSchedule, TimeGrid, make_grid
 from .fit import Family, error, gauss_newton, ridge
+from .recipe import Kind
 from .table import Table, table_of
 from .teacher import Source, Trajectories
 
-SOLVERS = ("dpmpp_2m", "dpmpp_2m:solver_type=heun", "unipc", "unipc:order=3", "deis", "ipndm", "exp_adams:start=euler")
+SOLVERS = (
+    "dpmpp_2m",
+    "dpmpp_2m:solver_type=heun",
+    "unipc",
+    "unipc:order=3",
+    "deis",
+    "ipndm",
+    "exp_adams:start=euler",
+)
 """Methods without tuning that a fit has to beat; the first is what fits start from."""
 SPACINGS = (
     *(f"arctan:scale={scale:g}" for scale in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)),
@@ -41,7 +50,7 @@ class Outcome:
     """A table and how it was come by; errors are RMS distances per element to the converged solution."""
 
     table: Table
-    kind: str
+    kind: Kind
     method: str
     train: float
     held_out: float
@@ -75,7 +84,9 @@ def tune(
     if nfe < 1:
         raise ValueError(f"the number of evaluations must be at least 1, got {nfe}")
     if len(truth.indices) < FEWEST:
-        raise ValueError(f"{len(truth.indices)} trajectories are too few for a fit; take at least {FEWEST}, better 32")
+        raise ValueError(
+            f"{len(truth.indices)} trajectories are too few for a fit; take at least {FEWEST}, better 32"
+        )
     grids = _grids(source.noise_schedule, nfe)
     fixed = {
         (solver, spacing): error(table_of(solver, grid), source, truth)
@@ -87,7 +98,12 @@ def tune(
         raise ValueError("no method gives finite results on this model")
     say(f"{solver} on {spacing}", fixed[best])
     outcome = Outcome(
-        table_of(solver, grids[spacing]), "fixed", f"{solver} on {spacing}", fixed[best], fixed[best], fixed[best]
+        table_of(solver, grids[spacing]),
+        "fixed",
+        f"{solver} on {spacing}",
+        fixed[best],
+        fixed[best],
+        fixed[best],
     )
     nominal = SOLVERS[0]
     folds = [list(range(i, len(truth.indices), FOLDS)) for i in range(FOLDS)]

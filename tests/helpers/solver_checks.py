@@ -41,6 +41,12 @@ TRANSFORMED = [
     "heun+skip:h4,sigma_aware=true",
     "heun+restart:t_min=0.2,t_max=0.6,steps=4",
     "dpmpp_2m+restart:t_min=0.2,t_max=0.6,steps=4",
+    "ipndm+afs",
+    "heun+afs",
+    "dpmpp_2m_sde+afs",
+    "ddim+dual_fast",
+    "unipc+dual_fast:c=0.3",
+    "heun+dual_fast",
 ]
 """Solvers under transforms that go through the whole suite as well."""
 
@@ -49,13 +55,14 @@ INEXACT = {"euler+skip:h2/s2", "ipndm:weights=published"}
 where eps is constant; the published weights of iPNDM_v do not add up to one."""
 
 SIGNAL_ONLY = {
+    "accelerated_ddpm",
     "ddpm:variance=large",
     "annealed_langevin",
     "predictor_corrector",
     "predictor_corrector:predictor=ancestral",
 }
 """Exact on a point mass in the coefficient of x_0 only: the forward variance and the moves of Langevin dynamics leave
-more noise than the level has, by their definition."""
+more noise than the level has, by their definition, and accelerated DDPM evaluates states noisier than it says."""
 
 Factory = Callable[[TimeGrid], Program]
 

@@ -41,7 +41,7 @@ def test_is_exact_on_a_point_mass(spec, schedule):
 @pytest.mark.parametrize("spec", sorted(checks.SIGNAL_ONLY))
 def test_exceptions_from_exactness_are_needed(spec):
     grid = checks.ratio_grid(checks.SCHEDULES["vp"], 7)
-    assert checks.exactness_error(fs.compile(spec, grid), grid) > 1e-3
+    assert checks.exactness_error(fs.compile(spec, grid), grid) > 1e-4
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -89,7 +89,7 @@ def test_spends_the_evaluations_it_declares(spec, schedule):
     assert fs.compile(spec, checks.ratio_grid(checks.SCHEDULES[schedule], 7)).nfe == 7 * cost + extra - fewer
     # A step to sigma = 0 has one stage; in the EDM frame so has one from alpha = 0.
     nfe = fs.compile(spec, full_grid(schedule, 7)).nfe
-    assert 7 + 5 * (cost - 1) - fewer <= nfe <= 7 + 6 * (cost - 1) + max(extra, 0)
+    assert 7 + 5 * (cost - 1) + min(extra, 0) - fewer <= nfe <= 7 + 6 * (cost - 1) + max(extra, 0)
 
 
 @pytest.mark.parametrize("spec", VARIANTS)

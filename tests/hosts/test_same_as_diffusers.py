@@ -1,0 +1,242 @@
+"""Every solver that has the name of a diffusers class gives its numbers: the class in its own loop, and the solver of
+the library on the levels and timesteps that the class has chosen, with the same noise.
+
+What a pipeline does around a solver is in test_diffusers_parity.py. This is about the methods alone: fp32, one part in
+a hundred thousand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import fewstep as fs
+from fewstep.samplers import Stepper
+from fewstep.schedules import EDM, VP, Flow, Node, NoiseSchedule, TimeGrid
+
+schedulers: Any = importlib.import_module("diffusers.schedulers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+TOLERANCE = 1e-5
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+X = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
+Network = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+def network(x: torch.Tensor, t: Any) -> torch.Tensor:
+    """Smooth, bounded, another one at every time."""
+    mixed = torch.einsum("oc,bc...->bo...", MIX, x)
+    return torch.tanh(mixed + 0.3) + 0.2 * torch.sin(torch.as_tensor(t, dtype=torch.float32) / 150)
+
+
+class Draws:
+    """The normals of a generator in the order in which a class draws them.
+
+    The solver takes every ``every``-th of them or, ``by_step``, that of the step it is in.
+    """
+
+    def __init__(self, grid: TimeGrid, every: int = 1, by_step: bool = False, scale: float = 1.0) -> None:
+        self.generator, self.nodes = generator(), list(grid)
+        self.every, self.by_step, self.scale, self.used = every, by_step, scale, 0
+        self.drawn: list[torch.Tensor] = []
+
+    def __call__(self, like: torch.Tensor, start: Node, stop: Node) -> torch.Tensor:
+        i = self.nodes.index(start) if self.by_step else self.every * self.used
+        while len(self.drawn) <= i:
+            self.drawn.append(torch.randn(like.shape, generator=self.generator))
+        self.used += 1
+        return self.scale * self.drawn[i]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def theirs(scheduler: Any, x: torch.Tensor, model: Network = network, **arguments: Any) -> torch.Tensor:
+    """The loop of a pipeline."""
+    given = inspect.signature(scheduler.step).parameters
+    if "generator" in given:
+        arguments["generator"] = generator()
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    for t in scheduler.timesteps:
+        output = model(scale(x, t), t)
+        x = scheduler.step(output, t, x, return_dict=False, **arguments)[0]
+    return x
+
+
+def ours(
+    spec: str,
+    grid: TimeGrid,
+    x: torch.Tensor,
+    prediction: Any,
+    model: Callable[[torch.Tensor, Node], torch.Tensor] = lambda x, node: network(x, node.t),
+    **draws: Any,
+) -> torch.Tensor:
+    program = fs.compile(spec, grid, prediction=prediction)
+    stepper = Stepper(program, x, Draws(grid, **draws) if program.stochastic else None)
+    while not stepper.done:
+        stepper.step(model(stepper.x, stepper.node))
+    return stepper.x
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert torch.isfinite(b).all()
+    assert ((a - b).norm() / b.norm()).item() < TOLERANCE
+
+
+# -- discrete models: classes with a list of sigmas --------------------------------------------------------------------
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "denoised", "flow_prediction": "flow"}
+DPM, SINGLE, UNIPC, DEIS, SA = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+V = {"prediction_type": "v_prediction"}
+KARRAS = {"use_karras_sigmas": True}
+KEPT = {"final_sigmas_type": "sigma_min"}
+# Class, options, what they mean; the spec is the class's own name where it is the default.
+SIGMAS: list[tuple[str, dict[str, Any], str]] = [
+    ("EulerDiscreteScheduler", {}, ""),
+    ("EulerDiscreteScheduler", V | KARRAS, ""),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True, "timestep_spacing": "trailing"}, ""),
+    ("EulerAncestralDiscreteScheduler", {}, ""),
+    ("EulerAncestralDiscreteScheduler", V | {"timestep_spacing": "leading", "steps_offset": 1}, ""),
+    ("HeunDiscreteScheduler", {}, ""),
+    ("HeunDiscreteScheduler", V | KARRAS, ""),
+    ("KDPM2DiscreteScheduler", {}, ""),
+    ("KDPM2DiscreteScheduler", V | KARRAS, ""),
+    ("KDPM2AncestralDiscreteScheduler", {}, ""),
+    ("KDPM2AncestralDiscreteScheduler", V | KARRAS, ""),
+    ("LMSDiscreteScheduler", {}, ""),
+    ("LMSDiscreteScheduler", V | KARRAS, ""),
+    (DPM, {}, ""),
+    (DPM, V | KARRAS, ""),
+    (DPM, {"prediction_type": "sample", "use_lu_lambdas": True}, ""),
+    (DPM, {"solver_type": "heun"}, "dpmpp_2m:solver_type=heun"),
+    (DPM, {"euler_at_final": True} | KEPT, "dpmpp_2m:lower_order_final=true"),
+    (DPM, {"lower_order_final": False} | KEPT, "dpmpp_2m"),
+    (DPM, {"solver_order": 1}, "ddim"),
+    (DPM, {"solver_order": 3}, "dpmpp_3m:lower_order_final=true"),
+    (DPM, {"algorithm_type": "dpmsolver"} | KEPT, "dpmpp_2m:form=epsilon,lower_order_final=true"),
+    (
+        DPM,
+        {"algorithm_type": "dpmsolver", "solver_type": "heun", "lower_order_final": False} | KEPT,
+        "dpmpp_2m:form=epsilon,solver_type=heun",
+    ),
+    (
+        DPM,
+        {"algorithm_type": "dpmsolver", "solver_order": 3} | KEPT,
+        "dpmpp_3m:form=epsilon,lower_order_final=true",
+    ),
+    (DPM, {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+    (DPM, {"algorithm_type": "sde-dpmsolver++"} | V | KARRAS, "dpmpp_2m_sde"),
+    (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde_heun"),
+    (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, "ddim:eta=1"),
+    (
+        DPM,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+        "dpmpp_3m_sde:variant=diffusers,lower_order_final=true",
+    ),
+    (SINGLE, {}, ""),
+    (SINGLE, V | KARRAS, ""),
+    (SINGLE, {"solver_type": "heun"}, "dpmpp_2s:solver_type=heun"),
+    (SINGLE, {"solver_order": 1}, "ddim"),
+    (SINGLE, {"solver_order": 3}, "dpmpp_3s:inner=midpoint,lower_order_final=true"),
+    (SINGLE, {"algorithm_type": "dpmsolver"} | KEPT, "dpmpp_2s:form=epsilon"),
+    (UNIPC, {}, ""),
+    (UNIPC, V | KARRAS, ""),
+    (UNIPC, {"solver_order": 1}, "unipc:order=1"),
+    (UNIPC, {"solver_order": 3}, "unipc:order=3"),
+    (UNIPC, {"solver_type": "bh1"} | KEPT, "unipc:variant=bh1"),
+    (UNIPC, {"predict_x0": False} | KEPT, "unipc:form=epsilon"),
+    (UNIPC, {"disable_corrector": [0, 2]}, "unipc:disable_corrector=0/2"),
+    (UNIPC, {"lower_order_final": False} | KEPT, "unipc:lower_order_final=false"),
+    (DEIS, {}, ""),
+    (DEIS, V | KARRAS, ""),
+    (DEIS, {"solver_order": 1}, "ddim"),
+    (DEIS, {"solver_order": 3}, "deis:order=3,variable=log_rho,lower_order_final=true"),
+    ("DPMSolverSDEScheduler", {}, ""),
+    ("DPMSolverSDEScheduler", V | KARRAS, ""),
+]
+
+
+def vp(scheduler: Any) -> VP:
+    return VP.trained(betas(scheduler.alphas_cumprod))
+
+
+def betas(product: torch.Tensor) -> np.ndarray:
+    acp = product.double().numpy()
+    return 1 - acp / np.append(1.0, acp[:-1])
+
+
+def times_of(scheduler: Any) -> np.ndarray:
+    """The timestep at which every step starts."""
+    return scheduler.timesteps[:: getattr(scheduler, "order", 1)].double().numpy()
+
+
+def levels_of(scheduler: Any) -> np.ndarray:
+    """sigmas, without the repetitions of the two-stage classes."""
+    return np.unique(scheduler.sigmas.double().numpy())[::-1]
+
+
+def grid_of(schedule: NoiseSchedule, times: Sequence[float], levels: Sequence[float]) -> TimeGrid:
+    nodes = len(levels)
+    return TimeGrid(np.append(times, 0.0)[:nodes], *schedule.alpha_sigma_at(levels), schedule)
+
+
+@pytest.mark.parametrize(("name", "options", "spec"), SIGMAS, ids=lambda v: str(v) or "default")
+def test_discrete_models(
+    name: str, options: dict[str, Any], spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = class_of(name, monkeypatch)
+    for steps in (7, 20):
+        if steps == 20 and ({"solver_order": 3}.items() <= options.items() or KEPT.items() <= options.items()):
+            continue  # the classes lower the last orders in short runs only
+        scheduler = cls(**SD, **options)
+        scheduler.set_timesteps(steps)
+        grid = grid_of(vp(scheduler), times_of(scheduler), levels_of(scheduler))
+        start = X * float(scheduler.init_noise_sigma)
+        alpha = 1.0 if abs(float(scheduler.init_noise_sigma) - 1) < 1e-6 else grid[0].alpha
+        prediction = PREDICTIONS[options.get("prediction_type", "epsilon")]
+        # What the classes without noise to scale keep is x, what the others keep is x / alpha.
+        assert_same(ours(spec or name, grid, alpha * start, prediction), theirs(scheduler, start))
+
+
+def class_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A class; those that need torchsde draw from a generator in place of a Brownian tree."""
+    modules = {
+        "DPMSolverSDEScheduler": "scheduling_dpmsolver_sde",
+        "CosineDPMSolverMultistepScheduler": "scheduling_cosine_dpmsolver_multistep",
+    }
+    if name not in modules:
+        return getattr(schedulers, name)
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    for dependent in modules.values():
+        monkeypatch.delitem(sys.modules, f"diffusers.schedulers.{dependent}", raising=False)
+    sde = importlib.import_module(f"diffusers.schedulers.{modules['DPMSolverSDEScheduler']}")
+    module = importlib.import_module(f"diffusers.schedulers.{modules[name]}")
+
+    class White:
+        def __init__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            self.shape, self.generator = x.shape, generator()
+
+        def __call__(self, *interval: Any) -> torch.Tensor:
+            return torch.randn(self.shape, generator=self.generator)
+
+    for part in (sde, module):
+        monkeypatch.setattr(part, "BrownianTreeNoiseSampler", White)
+    return getattr(module, name)
