@@ -137,6 +137,21 @@ def run_peer(
     return x
 
 
+def best_peer(
+    model: EvalModel, indices: list[int], w: float | None, nfe: int, truth: torch.Tensor
+) -> tuple[str, dict[str, float]]:
+    """The name of the peer nearest to the converged solution, and every peer's RMS distance."""
+    peers = {}
+    for cls, label, config in spacings(model.noise_schedule.frame):
+        try:
+            result = run_peer(cls, config, model, indices, w, nfe)
+        except (ValueError, IndexError, NotImplementedError, RuntimeError, TypeError, AssertionError):
+            continue  # a combination that the class refuses or crashes on
+        if result is not None and torch.isfinite(result).all():
+            peers[f"{cls.replace('Scheduler', '')} {label}"] = rms(result, truth)
+    return min(peers, key=peers.__getitem__), peers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,7 +169,6 @@ def main() -> None:
     for name in args.models:
         spec, _, scale = name.partition("@")
         w, model = (float(scale) if scale else None), load_model(f"builtin:{spec}")
-        frame = model.noise_schedule.frame
         start = float(model.noise_schedule.alpha_sigma_at(model.noise_schedule.level_max)[1])
         x = model.noise(indices) * start
 
@@ -166,15 +180,7 @@ def main() -> None:
         resolution = rms(truth, check)
         print(f"\n{name}: {args.samples} samples, converged to {resolution:.1e}", flush=True)
         for nfe in args.nfe:
-            peers = {}
-            for cls, label, config in spacings(frame):
-                try:
-                    result = run_peer(cls, config, model, indices, w, nfe)
-                except (ValueError, IndexError, NotImplementedError, RuntimeError, TypeError, AssertionError):
-                    continue  # a combination that the class refuses or crashes on
-                if result is not None and torch.isfinite(result).all():
-                    peers[f"{cls.replace('Scheduler', '')} {label}"] = rms(result, truth)
-            best = min(peers, key=peers.__getitem__)
+            best, peers = best_peer(model, indices, w, nfe, truth)
             error = rms(ours("unipc", nfe), truth)
             rows.append(
                 {

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..guidance import CFG, Predictor
+from ..guidance import Predictor
+from ..guidance import parse as parse_guidance
 from ..tuning import Recipe, Source, error, schedule_digest, solve, tune
 from ..tuning.recipe import finite
 from ..tuning.teacher import SOLVER, SPACING
@@ -26,7 +27,7 @@ def source_of(target: Target, guidance: float | None = None, batch: int = 64) ->
 
     def bind(indices: Sequence[int]) -> Predictor:
         denoiser = target.denoiser(indices)
-        return denoiser if guidance is None else CFG(guidance).bind(denoiser)
+        return denoiser if guidance is None else parse_guidance(guidance).bind(denoiser)
 
     return Source(bind, lambda indices: target.noise(indices, 0), target.noise_schedule, batch)
 
@@ -100,7 +101,7 @@ def fit(
         frame=target.noise_schedule.frame,
         noise_schedule=schedule_digest(target.noise_schedule),
         prediction=target.denoiser([0]).prediction,
-        guidance="" if guidance is None else f"cfg:{guidance:g}",
+        guidance="" if guidance is None else parse_guidance(guidance).spec,
         teacher=f"{SOLVER} on {SPACING}, {teacher_steps} steps",
         seeds=tuple(chosen),
         errors={k: finite(v) for k, v in errors.items()},

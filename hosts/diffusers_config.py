@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from ..samplers import Solver, parse
 from ..schedules import schedule
 from ..schedules.diffusers_config import is_flow, source_of
 from ..schedules.spec import suggestion
+from ..tuning import Recipe, load
 from .diffusers_plan import Settings
 
 # The keys of our own config that decide about a noise schedule, a prediction or a grid.
@@ -67,7 +69,10 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
 
 
 def canonical(
-    solver: str | Solver, schedule_spec: str | None, betas: Sequence[float] | None
+    solver: str | Solver,
+    schedule_spec: str | None,
+    betas: Sequence[float] | None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
 ) -> dict[str, Any]:
     """The arguments that a config holds as text or plain numbers; ValueError for specs that mean nothing."""
     chosen = parse(solver)
@@ -78,6 +83,7 @@ def canonical(
     return {
         "solver": solver if isinstance(solver, str) else chosen.spec,
         "trained_betas": None if betas is None else [float(b) for b in betas],
+        "recipe": None if recipe is None else load(recipe).to_dict(),
     }
 
 

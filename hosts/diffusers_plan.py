@@ -5,6 +5,7 @@ A plan is immutable and shared by every scheduler with the same settings. It kno
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from ..schedules.diffusers_config import (
 )
 from ..schedules.noise import Array
 from ..schedules.parametrization import Prediction
+from ..tuning import Recipe
 from .diffusers_program import chained, first_order, hosted
 
 Settings = tuple[tuple[str, Any], ...]
@@ -33,7 +35,7 @@ Settings = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Start:
-    """How to begin at one evaluation: the program of the rest, whose first ``lead`` evaluations are not the solver's."""
+    """How to begin at one evaluation: the program of the rest, whose first ``lead`` evaluations are others'."""
 
     program: Program | None
     lead: int = 0
@@ -192,10 +194,12 @@ def make_plan(
     mu: float | None,
     sigmas: tuple[float, ...] | None,
     timesteps: tuple[float, ...] | None,
+    recipe: str | None = None,
 ) -> Plan:
     """The plan for one ``set_timesteps``; see :class:`fewstep.hosts.diffusers.FewStepScheduler` for the arguments.
 
     With ``denoised`` the program is fed x_0 (clipping, EDM preconditioning), otherwise the network's own prediction.
+    The JSON of a ``recipe`` replaces solver, schedule and the host's levels.
     """
     config = dict(settings)
     chosen = parse(solver)
@@ -209,6 +213,13 @@ def make_plan(
         # The pipeline sends these although nobody asked for them; the schedule that somebody did ask for counts.
         sigmas = timesteps = None
     noise = source.noise_schedule
+    if recipe is not None:
+        tuned = Recipe.from_dict(json.loads(recipe))
+        if n != tuned.nfe:
+            raise ValueError(f"this recipe is for {tuned.nfe} evaluations: num_inference_steps must be that, got {n}")
+        prediction = "denoised" if denoised else source.prediction
+        plan = Plan(source, tuned.solver, tuned.grid(noise), np.empty(0), prediction)
+        return replace(plan, timesteps=_published(plan, None))
     told: Array | None = None
     if sigmas is not None and source.clock != "sigma":
         levels = np.asarray(sigmas, dtype=np.float64)

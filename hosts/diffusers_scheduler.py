@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from ..samplers import Solver, Stepper
 from ..schedules import VP, conversion
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.spec import suggestion
+from ..tuning import Recipe
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
 from .diffusers_noise import affine, coefficients, from_numpy, numbers
 from .diffusers_plan import Plan, Settings, make_plan
@@ -50,6 +53,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             flow pipelines always send, ``1 - i/n``; any other sigmas are used as given.
         integer_timesteps: round timesteps of discrete models, for networks that accept integers only. Sigmas are not
             rounded with them.
+        recipe: file written by ``fewstep tune``, or its content: replaces ``solver``, ``schedule`` and the
+            sigmas that a pipeline sends; ``num_inference_steps`` must be the recipe's. A run that begins in the middle of the levels
+            (image to image) steps through the rest of them with DPM-Solver++(2M).
 
     All other arguments are diffusers' own with diffusers' defaults; :meth:`from_config` copies them from the
     scheduler that is replaced. Keys that mean nothing here are kept, so that the original class can be restored from
@@ -124,10 +130,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         solver: str | Solver = "unipc",
         schedule: str | None = None,
         integer_timesteps: bool = False,
+        recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
         **unknown: Any,
     ) -> None:
         reject_unknown(unknown, self._parameters(), type(self).__name__)
-        self.register_to_config(**canonical(solver, schedule, trained_betas))
+        self.register_to_config(**canonical(solver, schedule, trained_betas, recipe))
         source = self._source()
         self._warned: set[str] = set()
         self._threads = threading.local()
@@ -339,6 +346,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             None if mu is None else float(mu),
             numbers(sigmas),
             numbers(timesteps),
+            None if values.get("recipe") is None else json.dumps(values["recipe"], sort_keys=True),
         )
         steps = plan.grid.steps + plan.idle
         run = Run(*self._published(plan, device), plan, steps)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from numpy.typing import ArrayLike
 
-from ..guidance import CFG, Denoiser, Predictor
-from ..samplers import BrownianNoise, NoiseSource, Solver, Stepper, WhiteNoise, compile, parse
+from ..guidance import Denoiser, Guidance, Method, Predictor, Run
+from ..guidance import parse as parse_guidance
+from ..samplers import BrownianNoise, NoiseSource, Program, Solver, Stepper, WhiteNoise, compile, parse
 from ..samplers.adaptive import AdaptiveResult, integrate, landmarks
+from ..samplers.noise import standard_normal
 from ..schedules import TimeGrid, make_grid
 from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
 from ..schedules.spec import bind, options_of, suggestion
@@ -33,7 +36,7 @@ def sample(
     schedule: str = DEFAULT_SCHEDULE,
     *,
     sigmas: ArrayLike | torch.Tensor | None = None,
-    guidance: CFG | float | None = None,
+    guidance: str | float | Method | Guidance | None = None,
     seed: int | Sequence[int] = 0,
     noise: NoiseKind | NoiseSource = "white",
     progress: bool = False,
@@ -50,7 +53,8 @@ def sample(
         schedule: a spacing such as ``"karras:rho=7"``, see :func:`fewstep.schedules.schedules`; ends without noise.
         sigmas: explicit decreasing noise levels instead (sigma / alpha; sigma for flow models), ending where they end;
            ``steps`` and ``schedule`` are then not used.
-        guidance: None, a scale w or :class:`fewstep.CFG`: ``u + w (c - u)``.
+        guidance: None, a scale w (``u + w (c - u)``), methods such as ``fs.APG(10.0) + fs.CADS()``, or their text,
+           ``"apg:10+cads"``; see :func:`fewstep.guidance.methods`.
         seed: an integer (sample i uses seed + i) or one integer a sample; for stochastic solvers.
         noise: ``"white"``, ``"brownian"`` (the same path for any number of steps) or a noise source.
         progress: show a progress bar on stderr.
@@ -64,18 +68,25 @@ def sample(
         NumericalError: a prediction was not finite; names step, time and solver.
     """
     if recipe is None:
-        predictor, grid, chosen = prepare(denoiser, x, solver, steps, schedule, sigmas, guidance)
+        methods, grid, chosen = prepare(denoiser, x, solver, steps, schedule, sigmas, guidance)
     else:
         if (solver, steps, schedule, sigmas) != ("unipc", 8, DEFAULT_SCHEDULE, None):
             raise ValueError("a recipe has its own solver, steps and levels; leave those arguments out")
-        predictor, grid, chosen = _prepared(denoiser, x, recipe, guidance)
-    program = compile(chosen, grid, prediction=predictor.prediction)
-    stepper = Stepper(program, x, _noise_source(noise, seed, x.shape[0]) if program.stochastic else None)
+        methods, grid, chosen = _tuned(denoiser, x, recipe, guidance)
+    program = compile(chosen, grid, prediction=denoiser.prediction)
+    source = _noise_source(noise, seed, x.shape[0]) if program.stochastic else None
+    predictor, guided = denoiser, None
+    if methods is not None:
+        predictor = guided = methods.bind(denoiser, _run(denoiser, program, chosen, grid, seed, x.shape[0]))
+    moves = guided is not None and guided.moves
+    stepper = Stepper(program, x, source)
     with _progress(program.nfe, chosen.spec, progress) as advance:
         while not stepper.done:
+            if guided is not None and moves:
+                stepper.x = guided.move(stepper.x, stepper.node)
             stepper.step(predictor(stepper.x, stepper.node))
             advance()
-    return stepper.x
+    return guided.move(stepper.x, grid[-1]) if guided is not None and moves else stepper.x
 
 
 def sample_adaptive(
@@ -94,7 +105,7 @@ def sample_adaptive(
     accept_safety: float = 0.81,
     eta: float = 0.0,
     s_noise: float = 1.0,
-    guidance: CFG | float | None = None,
+    guidance: str | float | Method | Guidance | None = None,
     seed: int | Sequence[int] = 0,
     noise: NoiseKind | NoiseSource = "white",
 ) -> AdaptiveResult:
@@ -150,9 +161,9 @@ def prepare(
     steps: int,
     schedule: str,
     sigmas: ArrayLike | torch.Tensor | None,
-    guidance: CFG | float | None,
-) -> tuple[Predictor, TimeGrid, Solver]:
-    """Check the arguments of :func:`sample`; the predictor, the grid and the solver of the run."""
+    guidance: str | float | Method | Guidance | None,
+) -> tuple[Guidance | None, TimeGrid, Solver]:
+    """Check the arguments of :func:`sample`; the guidance, the grid and the solver of the run."""
     _check(denoiser, x)
     chosen = parse(solver)
     if sigmas is None:
@@ -160,20 +171,24 @@ def prepare(
     else:
         levels = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else sigmas
         grid = TimeGrid.from_levels(denoiser.noise_schedule, levels)
-    return _guided(denoiser, guidance), grid, chosen
+    return None if guidance is None else parse_guidance(guidance), grid, chosen
 
 
-def _prepared(
-    denoiser: Denoiser, x: torch.Tensor, recipe: str | Path | Recipe, guidance: CFG | float | None
-) -> tuple[Predictor, TimeGrid, Solver]:
+def _tuned(
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    recipe: str | Path | Recipe,
+    guidance: str | float | Method | Guidance | None,
+) -> tuple[Guidance | None, TimeGrid, Solver]:
+    """As ``prepare``, for a recipe."""
     from ..tuning import load
 
     _check(denoiser, x)
     loaded = load(recipe)
     grid = loaded.grid(denoiser.noise_schedule)
-    scale = guidance.scale if isinstance(guidance, CFG) else guidance
-    loaded.check(guidance="" if scale is None else f"cfg:{scale:g}")
-    return _guided(denoiser, guidance), grid, loaded.solver
+    methods = None if guidance is None else parse_guidance(guidance)
+    loaded.check(guidance="" if methods is None else methods.spec)
+    return methods, grid, loaded.solver
 
 
 def _check(denoiser: Denoiser, x: torch.Tensor) -> None:
@@ -185,10 +200,35 @@ def _check(denoiser: Denoiser, x: torch.Tensor) -> None:
         raise ValueError(f"x has samples of shape {tuple(x.shape[1:])}, the denoiser takes {denoiser.shape}")
 
 
-def _guided(denoiser: Denoiser, guidance: CFG | float | None) -> Predictor:
-    if guidance is None:
-        return denoiser
-    return (guidance if isinstance(guidance, CFG) else CFG(guidance)).bind(denoiser)
+def _guided(denoiser: Denoiser, guidance: str | float | Method | Guidance | None) -> Predictor:
+    return denoiser if guidance is None else parse_guidance(guidance).bind(denoiser)
+
+
+def _run(
+    denoiser: Denoiser,
+    program: Program,
+    chosen: Solver,
+    grid: TimeGrid,
+    seed: int | Sequence[int],
+    batch: int,
+) -> Run:
+    """What guidance is told of a run."""
+    one = chosen.evaluations_per_step == 1 and not chosen.startup_evaluations
+    first_order = one and chosen.order == 1 and not program.stochastic and not program.history
+    return Run(
+        denoiser.noise_schedule,
+        denoiser.prediction,
+        nodes=program.evaluations,
+        end=grid[-1],
+        stages=chosen.evaluations_per_step,
+        startup=chosen.startup_evaluations,
+        history=program.history,
+        deterministic=not program.stochastic,
+        first_order=first_order,
+        condition=denoiser.condition is not None,
+        noise=partial(standard_normal, _seeds(seed, batch)),
+        solver=chosen.spec,
+    )
 
 
 def _noise_source(noise: NoiseKind | NoiseSource, seed: int | Sequence[int], batch: int) -> NoiseSource:
@@ -198,12 +238,16 @@ def _noise_source(noise: NoiseKind | NoiseSource, seed: int | Sequence[int], bat
         raise ValueError(
             f"noise must be 'white', 'brownian' or a source, got {noise!r}{suggestion(noise, _NOISE)}"
         )
+    return _NOISE[noise](_seeds(seed, batch))
+
+
+def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:
         raise ValueError(
             f"{len(seeds)} seeds for a batch of {batch} samples; give one integer or one a sample"
         )
-    return _NOISE[noise](seeds)
+    return seeds
 
 
 @contextmanager

@@ -17,6 +17,14 @@ from .trace import Linear, Trace
     family="consistency",
     order=0,
     stochastic=True,
+    aliases={
+        "LCMScheduler": "lcm:timestep_scaling=10",
+        "FlowMatchLCMScheduler": "lcm",
+        "HeliosDMDScheduler": "lcm",
+        "CMStochasticIterativeScheduler": "lcm",
+        "ConsistencyDecoderScheduler": "lcm",
+        "SCMScheduler": "lcm",
+    },
     reference="Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference, https://arxiv.org/abs/2310.04378",
 )
 def lcm(
@@ -50,6 +58,7 @@ def lcm(
     family="consistency",
     order=lambda gamma, **_: 0 if gamma > 0 else 1,
     stochastic=lambda gamma, **_: gamma > 0,
+    aliases={"TCDScheduler": "tcd"},
     reference="Trajectory Consistency Distillation, https://arxiv.org/abs/2402.19159",
 )
 def tcd(trace: Trace, x: Linear, grid: TimeGrid, *, gamma: Fraction = 0.3) -> Linear:

@@ -18,6 +18,12 @@ Variance = Literal["small", "large"]
     family="ddpm",
     order=1,
     stochastic=True,
+    aliases={
+        "DDPMScheduler": "ddpm",
+        "DDPMParallelScheduler": "ddpm",
+        "DDPMWuerstchenScheduler": "ddpm",
+        "UnCLIPScheduler": "ddpm",
+    },
     reference="Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239",
 )
 def ddpm(

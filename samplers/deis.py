@@ -56,7 +56,9 @@ def _order(order: int, riemann: int, both_ends: bool, **_: object) -> int:
         "deis_rhoab2": "deis:order=3,variable=rho",
         "deis_rhoab3": "deis:order=4,variable=rho",
         "deis_multistep": "deis:order=2,variable=log_rho,lower_order_final=true",
+        "DEISMultistepScheduler": "deis:order=2,variable=log_rho,lower_order_final=true",
         "lms": "deis:order=4,variable=rho",
+        "LMSDiscreteScheduler": "deis:order=4,variable=rho",
     },
 )
 def deis(

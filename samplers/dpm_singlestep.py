@@ -22,7 +22,11 @@ Inner = Literal["exact", "midpoint"]
     family="dpm_solver",
     order=2,
     reference=PAPER,
-    aliases={"dpm_2s": "dpmpp_2s:form=epsilon", "dpm_solver_singlestep": "dpmpp_2s"},
+    aliases={
+        "dpm_2s": "dpmpp_2s:form=epsilon",
+        "dpm_solver_singlestep": "dpmpp_2s",
+        "DPMSolverSinglestepScheduler": "dpmpp_2s",
+    },
 )
 def dpmpp_2s(
     trace: Trace,

@@ -29,6 +29,8 @@ PAPER_EPS = "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sam
     reference=PAPER,
     aliases={
         "dpm_solver_multistep": "dpmpp_2m",
+        "DPMSolverMultistepScheduler": "dpmpp_2m",
+        "EDMDPMSolverMultistepScheduler": "dpmpp_2m",
         "res_multistep": "dpmpp_2m:solver_type=heun",
         "res_2m": "dpmpp_2m:solver_type=heun",
         "dpm_2m": "dpmpp_2m:form=epsilon",

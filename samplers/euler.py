@@ -16,7 +16,15 @@ from .trace import Linear, Trace
     family="euler",
     order=1,
     stochastic=lambda churn, **_: churn > 0,
-    aliases={"flow_match_euler": "euler", "euler_discrete": "euler"},
+    aliases={
+        "flow_match_euler": "euler",
+        "euler_discrete": "euler",
+        "EulerDiscreteScheduler": "euler",
+        "EDMEulerScheduler": "euler",
+        "FlowMatchEulerDiscreteScheduler": "euler",
+        "FlowMapEulerDiscreteScheduler": "euler",
+        "MiniMaxH3Scheduler": "euler",
+    },
     reference="Elucidating the Design Space of Diffusion-Based Generative Models, https://arxiv.org/abs/2206.00364",
 )
 def euler(
@@ -49,6 +57,7 @@ _churn = churn  # the option of the same name hides the function inside the solv
     family="euler",
     order=1,
     stochastic=lambda eta, **_: eta > 0,
+    aliases={"DDIMScheduler": "ddim", "DDIMParallelScheduler": "ddim", "CogVideoXDDIMScheduler": "ddim"},
     reference="Denoising Diffusion Implicit Models, https://arxiv.org/abs/2010.02502",
 )
 def ddim_eta(
@@ -88,7 +97,12 @@ def _strided(grid: TimeGrid, index: float, final_index: bool) -> Node:
     family="euler",
     order=1,
     stochastic=lambda eta, **_: eta > 0,
-    aliases={"euler_a": "euler_ancestral", "euler_ancestral_RF": "euler_ancestral:frame=flow"},
+    aliases={
+        "euler_a": "euler_ancestral",
+        "euler_ancestral_RF": "euler_ancestral:frame=flow",
+        "EulerAncestralDiscreteScheduler": "euler_ancestral",
+        "LTXEulerAncestralRFScheduler": "euler_ancestral:frame=flow",
+    },
     reference="k-diffusion, https://github.com/crowsonkb/k-diffusion",
 )
 def euler_ancestral(

@@ -34,7 +34,7 @@ def _startup(order: int, start: Start, corrector: Corrector, **_: object) -> int
     evaluations_per_step=lambda corrector, **_: 2 if corrector == "pece" else 1,
     startup_evaluations=_startup,
     reference="Exponential integrators, https://doi.org/10.1017/S0962492910000048",
-    aliases={"exp_abm": "exp_adams:corrector=pec"},
+    aliases={"exp_abm": "exp_adams:corrector=pec", "res_3m": "exp_adams:start=euler"},
 )
 def exp_adams(
     trace: Trace,

@@ -18,7 +18,13 @@ from .trace import Evaluation, Linear, Trace
     order=2,
     evaluations_per_step=2,
     stochastic=lambda churn, **_: churn > 0,
-    aliases={"flow_match_heun": "heun:frame=flow", "heun_discrete": "heun"},
+    aliases={
+        "flow_match_heun": "heun:frame=flow",
+        "heun_discrete": "heun",
+        "HeunDiscreteScheduler": "heun",
+        "FlowMatchHeunDiscreteScheduler": "heun:frame=flow",
+        "KarrasVeScheduler": "heun:churn=80,s_min=0.05,s_max=50,s_noise=1.007",
+    },
     reference="Elucidating the Design Space of Diffusion-Based Generative Models, https://arxiv.org/abs/2206.00364",
 )
 def heun(
@@ -106,7 +112,7 @@ def heunpp2(
     order=2,
     evaluations_per_step=2,
     stochastic=lambda churn, **_: churn > 0,
-    aliases={"kdpm2": "dpm_2"},
+    aliases={"kdpm2": "dpm_2", "KDPM2DiscreteScheduler": "dpm_2"},
     reference="Elucidating the Design Space of Diffusion-Based Generative Models, https://arxiv.org/abs/2206.00364",
 )
 def dpm_2(
@@ -139,7 +145,10 @@ def dpm_2(
     weak_order=2,
     evaluations_per_step=2,
     stochastic=lambda eta, **_: eta > 0,
-    aliases={"kdpm2_ancestral": "dpm_2_ancestral"},
+    aliases={
+        "kdpm2_ancestral": "dpm_2_ancestral",
+        "KDPM2AncestralDiscreteScheduler": "dpm_2_ancestral",
+    },
     reference="k-diffusion, https://github.com/crowsonkb/k-diffusion",
 )
 def dpm_2_ancestral(

@@ -60,6 +60,7 @@ def annealed_langevin(
     order=lambda corrector_steps, **_: 0 if corrector_steps else 1,
     evaluations_per_step=lambda corrector_steps, **_: 1 + corrector_steps,
     stochastic=True,
+    aliases={"ScoreSdeVeScheduler": "predictor_corrector"},
     reference="Score-Based Generative Modeling through Stochastic Differential Equations, https://arxiv.org/abs/2011.13456",
 )
 def predictor_corrector(

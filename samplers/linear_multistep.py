@@ -40,7 +40,7 @@ def advance(x: Linear, slope: Linear, s: Node, t: Node) -> Linear:
     family="linear_multistep",
     order=_order,
     reference=IPNDM,
-    aliases={"ipndm_v": "ipndm:weights=variable"},
+    aliases={"ipndm_v": "ipndm:weights=variable", "IPNDMScheduler": "ipndm:euler_at_final=false+afs"},
 )
 def ipndm(
     trace: Trace,
@@ -120,7 +120,7 @@ def _published(h: np.ndarray) -> list[float]:
     order=2,
     startup_evaluations=lambda start, **_: 9 if start == "prk" else 1,
     reference=PNDM,
-    aliases={"pndm": "plms", "pndm_prk": "plms:start=prk"},
+    aliases={"pndm": "plms", "pndm_prk": "plms:start=prk", "PNDMScheduler": "plms:start=prk"},
 )
 def plms(trace: Trace, x: Linear, grid: TimeGrid, *, start: Start = "multistep") -> Linear:
     """PNDM: ``ipndm:frame=edm`` after a start of its own.

@@ -50,7 +50,10 @@ def _evaluations(pece: bool, corrector_order: int, **_: object) -> int:
     startup_evaluations=lambda **options: 1 - _evaluations(**options),  # nothing to correct at the start
     stochastic=lambda tau, **_: tau > 0,
     reference="SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models, https://arxiv.org/abs/2309.05019",
-    aliases={"sa_solver_pece": "sa_solver:pece=true"},
+    aliases={
+        "sa_solver_pece": "sa_solver:pece=true",
+        "SASolverScheduler": "sa_solver:predictor_order=2,corrector_order=2,tau_at=start,simple_order_2=true",
+    },
 )
 def sa_solver(
     trace: Trace,

@@ -42,7 +42,13 @@ def _is_stochastic(eta: float, **_: object) -> bool:
     weak_order=2,
     stochastic=_is_stochastic,
     reference=PAPER,
-    aliases={"dpmpp_2m_sde_heun": "dpmpp_2m_sde:solver_type=heun", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde"},
+    aliases={
+        "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+        "dpmpp_2m_sde_heun": "dpmpp_2m_sde:solver_type=heun",
+        "dpmpp_2m_sde_heun_gpu": "dpmpp_2m_sde:solver_type=heun",
+        "CosineDPMSolverMultistepScheduler": "dpmpp_2m_sde",
+        "CogVideoXDPMScheduler": "dpmpp_2m_sde",
+    },
 )
 def dpmpp_2m_sde(
     trace: Trace,
@@ -163,7 +169,7 @@ def _multistep(
     evaluations_per_step=2,
     stochastic=_is_stochastic,
     reference=PAPER,
-    aliases={"dpmpp_sde_gpu": "dpmpp_sde"},
+    aliases={"dpmpp_sde_gpu": "dpmpp_sde", "DPMSolverSDEScheduler": "dpmpp_sde"},
 )
 def dpmpp_sde(
     trace: Trace,

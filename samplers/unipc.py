@@ -36,6 +36,8 @@ def _order(order: int, corrector: bool, variant: Variant, lower_order_final: boo
         "uni_pc": "unipc:order=3,variant=bh1",
         "uni_pc_bh2": "unipc:order=3,variant=bh2",
         "unip": "unipc:corrector=false",
+        "UniPCMultistepScheduler": "unipc",
+        "HeliosScheduler": "unipc",
     },
 )
 def unipc(

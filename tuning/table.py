@@ -20,6 +20,9 @@ from ..samplers import Evaluate, Linear, Solver, Trace, combination, compile, pa
 from ..samplers.registry import Declaration
 from ..schedules import Node, NoiseSchedule, TimeGrid
 
+TAIL = "dpmpp_2m"
+"""What steps where a run begins in the middle of the levels (image to image)."""
+
 Predict = Callable[[torch.Tensor, Node], torch.Tensor]
 """A denoised prediction for a state in the frame z."""
 
@@ -75,7 +78,9 @@ class Table:
         return Solver(Declaration(name, self._solve, "table", *constant, {}, ""))
 
     def _solve(self, trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
-        if grid.steps != self.steps:
+        if grid.steps < self.steps:  # a run that begins in the middle lacks the history that the weights are for
+            return parse(TAIL).solve(trace, x, grid)
+        if grid.steps > self.steps:
             raise ValueError(f"these coefficients are for {self.steps} steps, the grid has {grid.steps}")
         history: list[Linear] = []
         for (s, t), (state, *weights) in zip(grid.intervals(), self.rows):

@@ -1,7 +1,7 @@
 """diffusers' own scheduler tests, run against FewStepScheduler in the role of each class that has a counterpart here.
 
-They are not in diffusers' package: ``FEWSTEP_DIFFUSERS_TESTS`` names a checkout. A role takes the arguments of the class
-that it stands for, so it is a subclass that reads them with that class and chooses the solver they mean.
+They are not in diffusers' package: ``FEWSTEP_DIFFUSERS_TESTS`` names a checkout. A role takes the arguments of the
+class that it stands for, so it is a subclass that reads them with that class and chooses the solver they mean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHECKOUT = os.environ.get("FEWSTEP_DIFFUSERS_TESTS")
 if not CHECKOUT:
     pytest.skip("FEWSTEP_DIFFUSERS_TESTS names no checkout of diffusers", allow_module_level=True)
 
-import fewstep as fs
+import fewstep as fs  # noqa: E402
 
 diffusers: Any = pytest.importorskip("diffusers")
 FewStepScheduler: Any = fs.FewStepScheduler
@@ -163,7 +163,8 @@ def cases() -> dict[str, type]:
             if hasattr(test, name):
                 setattr(test, name, ours)
         for cls in vars(tests).values():
-            if isinstance(cls, type) and issubclass(cls, common.SchedulerCommonTest) and cls.__module__ == tests.__name__:
+            own = isinstance(cls, type) and cls.__module__ == tests.__name__
+            if own and issubclass(cls, common.SchedulerCommonTest):
                 found[cls.__name__] = type(cls.__name__, (cls,), {"scheduler_classes": (ours,)})
     return found
 
