@@ -40,6 +40,7 @@ class APG(Method):
     root of their number; ``size``, the number of elements that it is meant for, rescales it (0: it stays).
     ``momentum`` is negative: the direction of the steps before is taken out. It advances once a step, at its first
     evaluation. ``space`` ``network`` is what diffusers computes in; numbers for ``norm`` do not carry over.
+    The first ``cfg_steps`` steps are CFG at ``cfg_scale`` (0: at w), while the momentum runs.
     ``form``: ``paper``; ``diffusers`` is ``u + w d`` and ``comfy`` is ``c + w d``, which with eta = 1 is CFG at w + 1.
 
     The defaults are the paper's for DiT-XL/2 but for the scale; its others, as recalled: SDXL norm=15, momentum=-0.5;
@@ -54,6 +55,8 @@ class APG(Method):
     space: Literal["denoised", "network", "epsilon", "v", "flow"] = "denoised"
     form: Literal["paper", "diffusers", "comfy"] = "paper"
     size: Annotated[int, Range(0)] = 0
+    cfg_steps: Annotated[int, Range(0)] = 0
+    cfg_scale: NonNegative = 0.0
 
     needs_scale = True
 
@@ -68,10 +71,14 @@ class APG(Method):
     def begin(self, run: Run) -> _Momentum:
         return _Momentum()
 
+    def plan(self, call: Call, state: _Momentum) -> None:
+        if call.step < self.cfg_steps and self.cfg_scale:
+            call.scale = self.cfg_scale
+
     def difference(
         self, d: torch.Tensor, c: torch.Tensor, u: torch.Tensor, call: Call, state: _Momentum
     ) -> torch.Tensor:
-        factor = call.factor(self.space)
+        factor, plain = call.factor(self.space), d
         d, axis = factor * d, call.to(c, self.space)
         if self.momentum:
             if call.first:
@@ -80,6 +87,8 @@ class APG(Method):
                 d = torch.add(d, state.before, alpha=self.momentum)
             if call.first:
                 state.now = d.detach()
+        if call.step < self.cfg_steps:
+            return plain
         if self.norm:
             cap = self.norm * ((d[0].numel() / self.size) ** 0.5 if self.size else 1.0)
             d = d * ratio(torch.full_like(length := norm(d), cap), length).clamp(max=1.0)

@@ -58,4 +58,5 @@ def recipe_sampler(recipe: str | Path | Recipe) -> SamplerFunction:
 
 
 def _grid(nodes: list[Node]) -> TimeGrid:
-    return TimeGrid(*np.array(nodes).T, EDM())
+    t, alpha, sigma = np.array(nodes).T
+    return TimeGrid(t, alpha, sigma, EDM())

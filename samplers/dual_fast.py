@@ -19,8 +19,8 @@ def dual_fast(inner: Solver, trace: Trace, x: Linear, grid: TimeGrid, *, c: NonN
     """DualFast (experimental): ``eps' = (1 + c_t) eps(x_t) - c_t eps(x_T)``, x_T the first state.
 
     Made against the error of the network, which is smallest in nearly pure noise. ``c_t`` falls linearly in the number
-    of the step, from ``c`` at the first node to 0 at the last; ``c=0`` is the inner solver. The idea is the paper's,
-    which compared with us as to the constants we could not; ours are a choice, to be fitted to a model. The bias does
+    of the step, from ``c`` at the first node to 0 at the last; ``c=0`` is the inner solver. The idea is the paper's, the
+    constants are ours, to be fitted to a model. The bias does
     not shrink with the steps, so there is no order, and stochastic solvers lose their exactness on one point.
     """
     return inner.solve(_Mixing(trace, grid, c) if c > 0 else trace, x, grid)
@@ -40,7 +40,7 @@ class _Mixing(View):
             self.first = m.epsilon
             return x, m
         steps = len(self.times) - 1
-        c = self.c * (1.0 - np.interp(-node.t, self.times, np.arange(steps + 1.0)) / steps)
+        c = self.c * (1.0 - float(np.interp(-node.t, self.times, np.arange(steps + 1.0))) / steps)
         if node.alpha == 0.0 or c == 0.0:  # noise alone says nothing about x_0
             return x, m
         mixed = self.inner.keep((1.0 + c) * m.epsilon - c * self.first)

@@ -114,12 +114,12 @@ class _Momentum(Rebuilding):
         self.velocities: dict[tuple[bool, Prediction], Linear] = {}
 
     def rebuild(self, step: Step, corrected: bool) -> Linear:
-        forms = {form for _, form in step.weights}
+        forms: set[Prediction] = {form for _, form in step.weights}
         values = combination(*((w, self.value(key)) for key, w in step.weights.items()))
         total = sum(step.weights.values())
         if len(forms) > 1 or total == 0.0 or not any(step.base.terms.values()):
             return step.base + values
-        key = corrected, forms.pop()
+        key: tuple[bool, Prediction] = corrected, forms.pop()
         u, v = values / total, self.velocities.get(key)
         first_order = sum(w != 0.0 for w in step.weights.values()) == 1
         if self.convention != "every" and first_order and not (self.convention == "first" and v is None):

@@ -87,8 +87,8 @@ class Declaration:
 class TransformDeclaration:
     """A registered transform: what it is called, and how it changes what a solver declares.
 
-    ``order_of``, ``weak_order_of``, ``stochastic_of`` and ``startup_of`` map the inner solver's value, and that solver, to
-    the whole's.
+    ``order_of``, ``weak_order_of``, ``stochastic_of`` and ``startup_of`` map the inner solver's value, and that solver,
+    to the whole's.
     """
 
     name: str

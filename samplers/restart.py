@@ -191,4 +191,5 @@ def _churned(
 
 
 def _grid(nodes: list[Node], schedule: NoiseSchedule) -> TimeGrid:
-    return TimeGrid(*np.array(nodes).T, schedule)
+    t, alpha, sigma = np.array(nodes).T
+    return TimeGrid(t, alpha, sigma, schedule)

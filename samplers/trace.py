@@ -57,7 +57,8 @@ class Evaluation:
     """
 
     def __init__(self, trace: Trace, x: Linear, raw: Linear, node: Node, prediction: Prediction) -> None:
-        self._trace, self._x, self._raw, self.node, self.prediction = trace, x, raw, node, prediction
+        self._trace, self._x, self._raw, self.node = trace, x, raw, node
+        self.prediction: Prediction = prediction
         self._forms: dict[Prediction, Linear] = {}
 
     def form(self, target: Prediction) -> Linear:

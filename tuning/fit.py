@@ -170,7 +170,7 @@ def gauss_newton(
         weights = np.arange(family.size) >= family.gaps
         slope += prior * weights * parameters
         curvature += np.diag(prior * weights)
-        improved = False
+        better = None
         for _ in range(6):
             step = -np.linalg.solve(curvature + damping * np.diag(np.diag(curvature) + 1e-9), slope)
             step[: family.gaps] = np.clip(step[: family.gaps], -0.5, 0.5)
@@ -178,15 +178,16 @@ def gauss_newton(
                 trial = _trial(family, parameters + step, source, truth)
                 trial_cost = _cost(family, parameters + step, trial[0], truth, prior)
             except (NumericalError, ValueError):
-                trial, trial_cost = None, math.inf
-            if trial is not None and trial_cost < cost:
-                improved = True
-                break
+                trial_cost = math.inf
+            else:
+                if trial_cost < cost:
+                    better = parameters + step, trial, trial_cost
+                    break
             damping *= 5.0
-        if not improved or trial is None:
+        if better is None:
             break
-        gain = 1.0 - trial_cost / cost
-        parameters, (states, predictions), cost = parameters + step, trial, trial_cost
+        gain = 1.0 - better[2] / cost
+        parameters, (states, predictions), cost = better
         damping = max(damping / 5.0, 1e-7)
         report(iteration, rms(states[-1] - truth.result))
         if gain < 1e-3:

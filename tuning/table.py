@@ -73,12 +73,16 @@ class Table:
     @cached_property
     def solver(self) -> Solver:
         """The steps as a solver for :meth:`grid`, or for the same levels in any other frame."""
-        constant = [lambda **_: 1, lambda **_: 1, lambda **_: 1, lambda **_: 0, lambda **_: False]
+        one = lambda **_: 1  # noqa: E731
         name = f"table_{hash((self.levels, self.rows)) & 0xFFFFFFFF:08x}"
-        return Solver(Declaration(name, self._solve, "table", *constant, {}, ""))
+        return Solver(
+            Declaration(name, self._solve, "table", one, one, one, lambda **_: 0, lambda **_: False, {}, "")
+        )
 
     def _solve(self, trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
-        if grid.steps < self.steps:  # a run that begins in the middle lacks the history that the weights are for
+        if (
+            grid.steps < self.steps
+        ):  # a run that begins in the middle lacks the history that the weights are for
             return parse(TAIL).solve(trace, x, grid)
         if grid.steps > self.steps:
             raise ValueError(f"these coefficients are for {self.steps} steps, the grid has {grid.steps}")

@@ -1,8 +1,8 @@
-"""Published steps with a quirk that fewstep does not ship, written as solvers so that their golden files are reproduced.
+"""Published steps with a quirk that fewstep does not ship, as solvers that reproduce their golden files.
 
-FSampler (https://github.com/obisin/ComfyUI-FSampler) guards divisions by adding 1e-8 to a noise level, ends Heun's method
-with the prediction, calls Adams-Bashforth of second order "dpmpp_2m" and divides its older slope by the level of the
-step before even where that step was skipped, and starts "res_2m" with h in the place of 1 - e^{-h}.
+FSampler (https://github.com/obisin/ComfyUI-FSampler) guards divisions by adding 1e-8 to a noise level, ends Heun's
+method with the prediction, calls Adams-Bashforth of second order "dpmpp_2m" and divides its older slope by the
+level of the step before even where that step was skipped, and starts "res_2m" with h in the place of 1 - e^{-h}.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def fsampler(name: str, transform: str) -> Solver:
     """FSampler's own sampler of this name under a skip transform (``""`` for none)."""
     function: Callable[..., Any] = {"heun": heun, "dpmpp_2m": dpmpp_2m, "res_2m": res_2m}[name]
     cost = 2 if name == "heun" else 1
-    constant = [lambda **_: 1, lambda **_: 1, lambda **_: cost, lambda **_: 0, lambda **_: False]
-    declaration = Declaration(f"fsampler_{name}", function, "golden", *constant, {}, "")
+    one = lambda **_: 1  # noqa: E731
+    declaration = Declaration(
+        f"fsampler_{name}", function, "golden", one, one, lambda **_: cost, lambda **_: 0, lambda **_: False, {}, ""
+    )
     return Solver(declaration, {}, fs.solver(f"euler{transform}").transforms)

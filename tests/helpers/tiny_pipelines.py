@@ -1,8 +1,8 @@
-"""Diffusers pipelines with tiny random weights, built offline: what a scheduler meets in the wild, in milliseconds.
+"""Diffusers pipelines with tiny random weights, built offline: what a scheduler meets, in milliseconds.
 
-``CASES`` are 33 ways to call 27 pipeline classes, those marked ``fast`` cover the kinds of use. A case builds a pipeline
-(text encoders are None, embeddings are passed) and the arguments of a call; every one has the scheduler that its
-family ships with. The weights are fixed by a seed.
+``CASES`` are 33 ways to call 27 pipeline classes, those marked ``fast`` cover the kinds of use. A case builds a
+pipeline (text encoders are None, embeddings are passed) and the arguments of a call; every one has the scheduler
+that its family ships with. The weights are fixed by a seed.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 import fewstep as fs
 from fewstep import FewStepScheduler
@@ -32,7 +33,7 @@ def run(chosen: FewStepScheduler, noise: torch.Tensor, denoiser: fs.Denoiser, fi
     chosen.set_begin_index(first)
     x = noise * chosen.init_noise_sigma
     for t in chosen.timesteps[first:]:
-        x = chosen.step(denoiser.fn(x, t.float().expand(len(x))), t, x).prev_sample
+        x = chosen.step(denoiser.fn(x, t.float().expand(len(x))), t, x, return_dict=False)[0]
     return x
 
 
@@ -51,7 +52,7 @@ def test_the_scheduler_gives_the_library_s_numbers(recipe, tmp_path):
         torch.testing.assert_close(run(chosen, noise, model.denoiser(indices)), expected, rtol=0, atol=1e-4)
     chosen.save_pretrained(tmp_path)  # the file holds the recipe itself
     path.unlink()
-    again = FewStepScheduler.from_pretrained(tmp_path)
+    again: Any = FewStepScheduler.from_pretrained(tmp_path)
     again.set_timesteps(5)
     torch.testing.assert_close(run(again, noise, model.denoiser(indices)), expected, rtol=0, atol=1e-4)
 
