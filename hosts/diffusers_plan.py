@@ -29,6 +29,9 @@ from ..schedules.parametrization import Prediction
 from ..tuning import Recipe
 from .diffusers_program import chained, first_order, hosted
 
+VANISHING = 1e-9
+"""The relative length of a step that a host wants to have none: its evaluation still corrects the state."""
+
 Settings = tuple[tuple[str, Any], ...]
 """The items of a scheduler config that matter for a plan, hashable."""
 
@@ -37,7 +40,7 @@ Settings = tuple[tuple[str, Any], ...]
 class Start:
     """How to begin at one evaluation: the program of the rest, whose first ``lead`` evaluations are others'."""
 
-    program: Program | None
+    program: Program
     lead: int = 0
 
 
@@ -45,8 +48,7 @@ class Start:
 class Plan:
     """A compiled run on the grid of one ``set_timesteps``.
 
-    ``timesteps`` has one entry per call of ``step``; ``idle`` calls at the end change nothing, because the host asked
-    for a last step of length zero. ``prediction`` is what the program is fed.
+    ``timesteps`` has one entry per call of ``step``. ``prediction`` is what the program is fed.
     """
 
     source: Source
@@ -54,7 +56,6 @@ class Plan:
     grid: TimeGrid
     timesteps: Array
     prediction: Prediction
-    idle: int = 0
     _starts: dict[Any, Start] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: object) -> Plan:
@@ -68,8 +69,7 @@ class Plan:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """The node of every call of ``step`` and the node that the run ends at."""
-        end = self.grid[self.grid.steps]
-        return (*self.program.evaluations, *(end for _ in range(self.idle + 1)))
+        return (*self.program.evaluations, self.grid[self.grid.steps])
 
     @cached_property
     def denoised(self) -> tuple[tuple[float, float], ...]:
@@ -114,14 +114,12 @@ class Plan:
         return found
 
     def _find(self, index: int, options: dict[str, Any]) -> Start:
-        calls, total = len(self.timesteps), self.program.nfe
-        if not 0 <= index < calls:
-            raise ValueError(f"the run has {calls} evaluations, 0 to {calls - 1}; it cannot start at {index}")
-        if index >= total:
-            return Start(None)
+        total = self.program.nfe
+        if not 0 <= index < total:
+            raise ValueError(f"the run has {total} evaluations, 0 to {total - 1}; it cannot start at {index}")
         j, k = self._resume(index)
         rest = self._tail(k, options) if k < self.grid.steps else None
-        if j == index:
+        if j == index and rest:
             return Start(rest)
         # Between the stages of a step: by first-order steps to where the next one begins.
         nodes = [*self.program.evaluations[index:j], self.grid[k]]
@@ -140,7 +138,7 @@ class Plan:
 
     def begins(self, index: int) -> bool:
         """Whether a step of the solver begins at an evaluation."""
-        return index < self.program.nfe and self._resume(index)[0] == index
+        return self._resume(index)[0] == index
 
     def _tail(self, k: int, options: dict[str, Any]) -> Program:
         """The program from node ``k`` on, as if the run began there."""
@@ -159,19 +157,18 @@ class Plan:
             raise ValueError(
                 f"solver {self.solver.spec!r} evaluates elsewhere than on the grid; its sigmas cannot be changed"
             )
-        kept = [self.nodes.index(node) for node in self.grid][:-1] + [*range(self.program.nfe, len(given))]
-        if len(kept) == 2 and given[kept[0]] == given[kept[1]]:
-            return self  # the only step would have no length
-        idle = 0
-        while len(kept) > 2 and given[kept[-1]] == given[kept[-2]]:
-            kept, idle = kept[:-1], idle + 1
-        if not np.all(np.diff(given[kept]) < 0 if not self.source.inverted else np.diff(given[kept]) > 0):
-            raise ValueError(f"the changed sigmas must be strictly decreasing, got {given[kept].tolist()}")
+        kept = [self.nodes.index(node) for node in self.grid]
         # What was not touched keeps its exact value.
         new = np.where(self.sigmas.astype(np.float32) == given, self.sigmas, given)[kept]
         levels = 1.0 - new if self.source.inverted else new
+        if levels[-1] == levels[-2]:
+            if len(levels) == 2:
+                return self  # the only step would have no length
+            levels[-1] *= 1.0 - VANISHING
+        if not np.all(np.diff(levels) < 0):
+            raise ValueError(f"the changed sigmas must be strictly decreasing, got {given[kept].tolist()}")
         grid = _grid(self.source, levels, np.array([self.nodes[i].t for i in kept]))
-        plan = replace(self, grid=grid, idle=idle, _starts={})
+        plan = replace(self, grid=grid, _starts={})
         if len(plan.nodes) != len(self.nodes):
             raise ValueError(
                 f"with the changed sigmas solver {self.solver.spec!r} has {plan.program.nfe} evaluations, "
@@ -246,18 +243,17 @@ def make_plan(
         told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
     if told is not None and len(told) != n:
         raise ValueError(f"timesteps and sigmas must have the same length, got {len(told)} and {n}")
-    if end == levels[-1] and len(levels) == 1:  # the only step would have no length
-        end = 0.0
-    idle = int(end == levels[-1])
-    nodes = levels if idle else np.append(levels, end)
+    if end == levels[-1]:  # the model's config may ask for a last step of length zero
+        end = 0.0 if len(levels) == 1 else end * (1.0 - VANISHING)
+    nodes = np.append(levels, end)
     try:
         grid = TimeGrid.from_levels(noise, nodes)
         if told is not None and source.clock == "index":
-            grid = _grid(source, nodes, np.append(told, grid.t[-1:])[: len(nodes)])
+            grid = _grid(source, nodes, np.append(told, grid.t[-1]))
     except ValueError as error:
         name = "the given" if told is not None or sigmas else schedule or "the model's own"
         raise ValueError(f"{name} schedule with {n} steps: {error}") from None
-    plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction, idle)
+    plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction)
     plan = replace(plan, timesteps=_published(plan, told))
     assert plan.denoised  # raises now, before the network is called
     return plan
@@ -283,7 +279,7 @@ def _count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequenc
 def _published(plan: Plan, told: Array | None) -> Array:
     """One timestep per call: of the node that is evaluated, or what the user said for it."""
     program, source = plan.program, plan.source
-    nodes = [*program.evaluations, *([plan.grid[plan.grid.steps]] if plan.idle else [])]
+    nodes = program.evaluations
     if source.clock == "index":
         times = np.array([n.t for n in nodes])
         rounded = np.rint(times)  # inverting a table leaves 1e-12

@@ -348,8 +348,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             numbers(timesteps),
             None if values.get("recipe") is None else json.dumps(values["recipe"], sort_keys=True),
         )
-        steps = plan.grid.steps + plan.idle
-        run = Run(*self._published(plan, device), plan, steps)
+        run = Run(*self._published(plan, device), plan, plan.grid.steps)
         self._threads.run = self._latest = run
 
     def _denoises(self) -> bool:
@@ -472,9 +471,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             )
         run.draws = Draws()
         # The registers are filled when the first prediction comes.
-        run.stepper = (
-            None if start.program is None else Stepper(start.program, torch.empty(0), run.draws, check=False)
-        )
+        run.stepper = Stepper(start.program, torch.empty(0), run.draws, check=False)
         return plan
 
     def _advance(
@@ -488,16 +485,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         stepper, draws = run.stepper, run.draws
-        if stepper is None:
-            return sample
-        assert draws is not None
+        assert stepper is not None and draws is not None
         if plan.source.sigma_data is not None:
             # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
             run.before = stepper.fork()
             if stepper.evaluations and sample.shape != stepper.x.shape:
                 return sample
-        if stepper.done:  # an idle evaluation at the end
-            return sample
         if stepper.evaluations and sample is not stepper.x and plan.keeps_states:
             if sample.data_ptr() != stepper.x.data_ptr():
                 self._warn(

@@ -80,9 +80,7 @@ class Table:
         )
 
     def _solve(self, trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
-        if (
-            grid.steps < self.steps
-        ):  # a run that begins in the middle lacks the history that the weights are for
+        if grid.steps < self.steps:  # begun in the middle, without the history that the weights are for
             return parse(TAIL).solve(trace, x, grid)
         if grid.steps > self.steps:
             raise ValueError(f"these coefficients are for {self.steps} steps, the grid has {grid.steps}")
