@@ -158,15 +158,17 @@ class Plan:
                 f"solver {self.solver.spec!r} evaluates elsewhere than on the grid; its sigmas cannot be changed"
             )
         kept = [self.nodes.index(node) for node in self.grid]
+        asked = given[kept]
+        if len(asked) == 2 and asked[0] == asked[1]:
+            return self  # the only step would have no length
+        falling = asked[:-1] - asked[1:] if not self.source.inverted else asked[1:] - asked[:-1]
+        if not (np.all(falling[:-1] > 0) and falling[-1] >= 0):
+            raise ValueError(f"the changed sigmas must be strictly decreasing, got {asked.tolist()}")
         # What was not touched keeps its exact value.
-        new = np.where(self.sigmas.astype(np.float32) == given, self.sigmas, given)[kept]
+        new = np.where(self.sigmas[kept].astype(np.float32) == asked, self.sigmas[kept], asked)
         levels = 1.0 - new if self.source.inverted else new
-        if levels[-1] == levels[-2]:
-            if len(levels) == 2:
-                return self  # the only step would have no length
-            levels[-1] *= 1.0 - VANISHING
-        if not np.all(np.diff(levels) < 0):
-            raise ValueError(f"the changed sigmas must be strictly decreasing, got {given[kept].tolist()}")
+        if falling[-1] == 0:
+            levels[-1] = levels[-2] * (1.0 - VANISHING)
         grid = _grid(self.source, levels, np.array([self.nodes[i].t for i in kept]))
         plan = replace(self, grid=grid, _starts={})
         if len(plan.nodes) != len(self.nodes):

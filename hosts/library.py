@@ -17,6 +17,7 @@ from ..guidance import parse as parse_guidance
 from ..samplers import BrownianNoise, NoiseSource, Program, Solver, Stepper, WhiteNoise, compile, parse
 from ..samplers.adaptive import AdaptiveResult, integrate, landmarks
 from ..samplers.noise import standard_normal
+from ..samplers.teleport import Gaussian
 from ..schedules import TimeGrid, make_grid
 from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
 from ..schedules.spec import bind, options_of, suggestion
@@ -41,6 +42,7 @@ def sample(
     noise: NoiseKind | NoiseSource = "white",
     progress: bool = False,
     recipe: str | Path | Recipe | None = None,
+    teleport: tuple[Gaussian, float] | None = None,
 ) -> torch.Tensor:
     """Sample from a denoiser.
 
@@ -59,6 +61,8 @@ def sample(
         noise: ``"white"``, ``"brownian"`` (the same path for any number of steps) or a noise source.
         progress: show a progress bar on stderr.
         recipe: file written by ``fewstep tune`` instead of solver, steps and schedule.
+        teleport: a :class:`fewstep.samplers.Gaussian` of the data and a noise level: x is moved there in closed form, in
+           place of the steps above it.
 
     Returns:
         The sample, shape of x, dtype the promotion of x's and the network's.
@@ -69,8 +73,11 @@ def sample(
     """
     if recipe is None:
         methods, grid, chosen = prepare(denoiser, x, solver, steps, schedule, sigmas, guidance)
+        if teleport is not None:
+            gaussian, level = teleport
+            x, grid = gaussian.skip(x, grid, level)
     else:
-        if (solver, steps, schedule, sigmas) != ("unipc", 8, DEFAULT_SCHEDULE, None):
+        if (solver, steps, schedule, sigmas, teleport) != ("unipc", 8, DEFAULT_SCHEDULE, None, None):
             raise ValueError("a recipe has its own solver, steps and levels; leave those arguments out")
         methods, grid, chosen = _tuned(denoiser, x, recipe, guidance)
     program = compile(chosen, grid, prediction=denoiser.prediction)

@@ -29,8 +29,10 @@ from . import (  # noqa: F401  registers the families
 )
 from .executor import NumericalError, Stepper
 from .noise import BrownianNoise, NoiseSource, WhiteNoise
+from .pfgm import PoissonNoise, pfgm_prior
 from .program import Combine, Evaluate, Noise, Program
 from .registry import Declaration, Solver, compile, parse, solver, solvers, steps_for, transform, transforms
+from .teleport import Gaussian
 from .trace import Evaluation, Linear, Trace, combination
 
 __all__ = [
@@ -39,10 +41,12 @@ __all__ = [
     "Declaration",
     "Evaluate",
     "Evaluation",
+    "Gaussian",
     "Linear",
     "Noise",
     "NoiseSource",
     "NumericalError",
+    "PoissonNoise",
     "Program",
     "Solver",
     "Stepper",
@@ -51,6 +55,7 @@ __all__ = [
     "combination",
     "compile",
     "parse",
+    "pfgm_prior",
     "solver",
     "solvers",
     "steps_for",

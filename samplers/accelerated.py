@@ -39,7 +39,9 @@ def accelerated_ddim(trace: Trace, x: Linear, grid: TimeGrid) -> Linear:
     for s, t in grid.intervals():
         x, m = trace.evaluate(x, s)
         step = ddim(x, m, s, t, "epsilon")
-        if older is not None and (gap := _signal(s) - _signal(older[0])) > 0.0:  # equal where there is no signal yet
+        if (
+            older is not None and (gap := _signal(s) - _signal(older[0])) > 0.0
+        ):  # equal where there is no signal yet
             w = math.atan(t.ratio) - math.atan(s.ratio) - _signal(s) * (t.ratio - s.ratio)
             step = step + (t.alpha * w / gap) * (m.epsilon - older[1])
         older = s, m.epsilon

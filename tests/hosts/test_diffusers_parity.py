@@ -100,7 +100,7 @@ def test_discrete_models(name: str, options: dict[str, Any], solver: str) -> Non
             start = start / torch.hypot(torch.tensor(1.0), native.sigmas[0])
             ratio = ours.sigmas[0] / native.sigmas[0]
             assert ratio.item() == pytest.approx(1.0, rel=1e-4)
-        assert distance(run(ours, start), run(native, X * native.init_noise_sigma)) < 3e-5
+        assert distance(run(ours, start), run(native, X * native.init_noise_sigma)) < 5e-5
 
 
 @pytest.mark.parametrize(

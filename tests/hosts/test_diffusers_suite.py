@@ -72,7 +72,7 @@ ROLES: dict[str, tuple[str, Callable[[Config], str], bool]] = {
     "DPMSolverMultistepScheduler": ("dpm_multi", _dpm, False),
     "DPMSolverSinglestepScheduler": ("dpm_single", _single, False),
     "UniPCMultistepScheduler": ("unipc", _unipc, False),
-    "DEISMultistepScheduler": ("deis", lambda c: f"deis:order={c['solver_order']},variable=log_rho", False),
+    "DEISMultistepScheduler": ("deis", lambda c: f"deis:order={c['solver_order']},variable=log_rho,lower_order_final=true", False),
     "SASolverScheduler": ("sasolver", lambda c: "sa_solver", False),
     "IPNDMScheduler": ("ipndm", lambda c: "ipndm", False),
     "KDPM2DiscreteScheduler": ("kdpm2_discrete", lambda c: "dpm_2", True),
