@@ -192,6 +192,8 @@ def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> li
     parts += [heading("Cost and order"), Padding(_facts_table(facts), (0, 0, 0, 2))]
     if facts["options"]:
         parts += [heading("Options"), Padding(_options_table(facts), (0, 0, 0, 2))]
+    if facts["aliases"]:
+        parts += [heading("Other names"), Padding(_names_table(facts), (0, 0, 0, 2))]
     grid = facts["grid"]
     title = f"Coefficients  {grid['steps']} steps, {grid['schedule']} spacing, {grid['noise']} noise schedule"
     parts += [heading(title), Padding(_coefficient_table(facts, width), (0, 0, 0, 2))]
@@ -244,6 +246,15 @@ def _facts_table(facts: Mapping[str, Any]) -> RenderableType:
     ]
     for name, value in rows:
         table.add_row(f"[dim]{name}[/dim]", value)
+    return table
+
+
+def _names_table(facts: Mapping[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for alias, spec in facts["aliases"].items():
+        table.add_row(alias, f"[dim]{spec}[/dim]")
     return table
 
 

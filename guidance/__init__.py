@@ -5,7 +5,9 @@ from .apg import APG
 from .cads import CADS
 from .cfg import CFG
 from .composition import Guidance, Session, parse
+from .extrapolate import Extrapolate
 from .guided import GuidedDenoiser
+from .linear_adaptive import LinearAG, LinearCoefficients, Recorder, fit_linear
 from .method import Method, method, methods, options_of
 from .pcg import PCG
 from .predictor import Denoiser, Predictor
@@ -21,15 +23,20 @@ __all__ = [
     "CFGNorm",
     "Call",
     "Denoiser",
+    "Extrapolate",
     "Guidance",
     "GuidedDenoiser",
+    "LinearAG",
+    "LinearCoefficients",
     "Method",
     "Predictor",
     "Record",
+    "Recorder",
     "Renorm",
     "Rescale",
     "Run",
     "Session",
+    "fit_linear",
     "method",
     "methods",
     "options_of",

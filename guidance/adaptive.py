@@ -67,7 +67,12 @@ class AdaptiveGuidance(Method):
     def plan(self, call: Call, state: _Latch) -> None:
         if not call.guided:
             return
-        if call.first and state.agree is not None and not state.closed and state.steps >= self.min_guided_steps:
+        if (
+            call.first
+            and state.agree is not None
+            and not state.closed
+            and state.steps >= self.min_guided_steps
+        ):
             self._decide(state.agree, state)
         call.guided = not state.closed
         call.rows = state.rows

@@ -57,7 +57,9 @@ class CADS(Method):
         if self.tau1 > self.tau2:
             raise ValueError(f"guidance 'cads' needs tau1 <= tau2, got {self.tau1:g} and {self.tau2:g}")
         if not run.nodes:
-            raise ValueError("guidance 'cads' counts steps; use fs.sample, not a host that chooses them on the way")
+            raise ValueError(
+                "guidance 'cads' counts steps; use fs.sample, not a host that chooses them on the way"
+            )
 
     def gamma(self, t: float) -> float:
         """The share of the true condition at diffusion time t."""

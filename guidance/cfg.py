@@ -11,9 +11,7 @@ from .method import Method, method
 from .run import Call, Run
 
 
-@method(
-    "cfg", rank=10, reference="Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598"
-)
+@method("cfg", rank=10, reference="Classifier-Free Diffusion Guidance, https://arxiv.org/abs/2207.12598")
 @dataclass(frozen=True)
 class CFG(Method):
     """Classifier-free guidance, ``u + w (c - u)``; w = 1 is the plain conditional network.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +152,6 @@ class Session:
         self.plain = not any(
             self._hooks[h] for h in HOOKS if h not in ("plan", "condition", "observe", "move")
         )
-        self.differentiates = any(m.needs_gradients for m in guidance.methods)
         self.moves = bool(self._hooks["move"])
         self._networks = {k: v for m in guidance.methods for k, v in m.networks().items()}
         self.reset()
@@ -209,19 +209,28 @@ class Session:
     ) -> Call:
         step, stage = self.run.locate(self.index)
         guidance = self.guidance
-        call = Call(x, node, self.run, self.index, step, stage, guidance.weight, guidance.guides, evaluate)
+        call = Call(x, node, self.run, self.index, step, stage, guidance.weight, guidance.guides)
+        call.evaluate = None if evaluate is None else partial(self._counted, evaluate)
         call.corrector = corrector
-        if self.differentiates:
-            call.x = x.detach().requires_grad_()
         call.branches = {CONDITIONAL: None}
         for m in self._hooks["plan"]:
             m.plan(call, self._state(m))
             if call.answer is not None:
                 call.branches = {}
                 return call
-        if call.guided:
+        if call.guided and not call.supplied:
             call.branches.setdefault(UNCONDITIONAL, call.rows)
+        if call.gradient:
+            call.x = x.detach().requires_grad_()
         return call
+
+    def _counted(
+        self, evaluate: Evaluate, branch: Any, x: torch.Tensor, node: Node, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """An evaluation that a method asks for."""
+        prediction = evaluate(branch, x, node, rows)
+        self.nfe += prediction.shape[0]
+        return prediction
 
     def _corrector(self, x: torch.Tensor, node: Node, k: int, evaluate: Evaluate | None) -> torch.Tensor:
         assert evaluate is not None
@@ -240,7 +249,7 @@ class Session:
         else:
             work = {name: wide(p) for name, p in predictions.items()}
             g = self._guide(call, work).to(next(iter(predictions.values())).dtype)
-        if self.differentiates:
+        if call.gradient:
             g = g.detach()
         for m in self._hooks["observe"]:
             m.observe(g, work, call, self._state(m))
@@ -287,7 +296,10 @@ class Session:
 
 
 _REMEDIES = {
-    "needs_steps": ("must know the steps in advance", "use fs.sample, not a host that chooses them on the way"),
+    "needs_steps": (
+        "must know the steps in advance",
+        "use fs.sample, not a host that chooses them on the way",
+    ),
     "needs_noise": ("draws noise", "run it where the samples have seeds, as in fs.sample"),
     "needs_condition": (
         "changes the condition",
@@ -297,6 +309,7 @@ _REMEDIES = {
         "differentiates through the network",
         "run it in a host that allows it, outside torch.inference_mode",
     ),
+    "needs_autograd": ("takes gradients", "run it outside torch.inference_mode, for instance under torch.no_grad"),
     "needs_evaluate": ("makes evaluations of its own", "use fs.sample"),
     "needs_memoryless": (
         "changes the state between steps",
@@ -311,6 +324,7 @@ def _check(guidance: Guidance, run: Run) -> None:
         "needs_noise": run.noise is not None,
         "needs_condition": run.condition,
         "needs_gradients": run.gradients and not torch.is_inference_mode_enabled(),
+        "needs_autograd": not torch.is_inference_mode_enabled(),
         "needs_evaluate": run.moves,
         "needs_memoryless": run.history == 0 and run.stages == 1 and run.startup == 0 and run.moves,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,11 @@ class GuidedDenoiser:
     def __call__(self, x: torch.Tensor, node: Node) -> torch.Tensor:
         if self.session is None:
             return self._plain(x, node)
-        if self.session.differentiates:
-            with torch.enable_grad():
-                return self._guided(self.session, x, node)
-        return self._guided(self.session, x, node)
+        call = self.session.begin(x, node, self._evaluate)
+        with torch.enable_grad() if call.gradient else nullcontext():
+            rows = call.branches.items()
+            predictions = {name: self._evaluate(name, call.x, node, chosen) for name, chosen in rows}
+            return self.session.finish(call, predictions)
 
     def move(self, x: torch.Tensor, node: Node) -> torch.Tensor:
         """The state to go on from, given the one that the solver arrived at."""
@@ -56,11 +58,6 @@ class GuidedDenoiser:
         if self.scale == 0.0:
             return unconditional
         return torch.lerp(unconditional, self.denoiser(x, node), self.scale)
-
-    def _guided(self, session: Session, x: torch.Tensor, node: Node) -> torch.Tensor:
-        call = session.begin(x, node, self._evaluate)
-        predictions = {name: self._evaluate(name, call.x, node, rows) for name, rows in call.branches.items()}
-        return session.finish(call, predictions)
 
     def _evaluate(
         self, branch: str | Network, x: torch.Tensor, node: Node, rows: torch.Tensor | None = None

@@ -73,6 +73,7 @@ class Method:
     needs_steps: ClassVar[bool] = False  # how many steps there are, and which one is the next
     needs_noise: ClassVar[bool] = False
     needs_condition: ClassVar[bool] = False
+    needs_autograd: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False  # through the network
     needs_evaluate: ClassVar[bool] = False  # evaluations besides those of its branches
     needs_memoryless: ClassVar[bool] = False  # a solver that keeps nothing but the state

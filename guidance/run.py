@@ -114,7 +114,8 @@ class Call:
 
     ``scale`` is w now, ``guided`` whether the unconditional prediction is asked for, and of which ``rows`` (all if
     None). ``answer`` is a prediction in the place of an evaluation. ``corrector`` counts the evaluations between two
-    steps from 0 and is None in a step's own. ``noised`` says that the condition is not the true one.
+    steps from 0 and is None in a step's own. ``supplied`` says that a method gives the unconditional prediction,
+    ``gradient`` that one differentiates through the networks to ``x``, ``noised`` that the condition is not the true one.
     """
 
     x: torch.Tensor
@@ -131,6 +132,8 @@ class Call:
     corrector: int | None = None
     rows: torch.Tensor | None = None
     answer: torch.Tensor | None = None
+    supplied: bool = False
+    gradient: bool = False
     noised: bool = False
     cosine: torch.Tensor | None = None
     branches: dict[str, torch.Tensor | None] = field(default_factory=dict)

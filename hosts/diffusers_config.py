@@ -99,6 +99,8 @@ def spelled_out(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         for name, p in inspect.signature(original.__init__).parameters.items():
             if p.default is not p.empty:
                 full.setdefault(name, p.default)
+    if full.get("algorithm_type") == "deis" or "predictor_order" in full:
+        full.setdefault("final_sigmas_type", "sigma_min")  # DEIS and SA-Solver have no such key and end there
     merged = full | dict(given)
     source_of(merged)
     if is_flow(merged):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..schedules import VP
 from ..schedules.diffusers_config import Source
 
 
@@ -55,3 +56,66 @@ def coefficients(source: Source, timesteps: Any, like: torch.Tensor) -> tuple[An
     work = torch.promote_types(like.dtype, torch.float32)
     a, s = (from_numpy(c).to(like.device, work).reshape(shape) for c in (alpha, sigma))
     return a, s
+
+
+class Forward:
+    """The forward process of a scheduler's model: its tables and noisy samples."""
+
+    _run: Any
+    _source: Any
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """alpha^2 at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
+        return from_numpy(self._discrete("alphas_cumprod").alphas_cumprod.astype(np.float32))
+
+    @property
+    def betas(self) -> torch.Tensor:
+        """beta at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
+        product = self._discrete("betas").alphas_cumprod
+        return from_numpy((1.0 - product / np.concatenate([[1.0], product[:-1]])).astype(np.float32))
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """1 - beta at the training indices."""
+        return 1.0 - self.betas
+
+    def _discrete(self, name: str) -> VP:
+        noise = self._source().noise_schedule
+        if not isinstance(noise, VP):
+            raise AttributeError(f"{name!r} belongs to discrete models, this one is {type(noise).__name__}")
+        return noise
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """``alpha x_0 + sigma eps``, dtype of ``original_samples``.
+
+        The level is that of ``timesteps``, shape (1,) or (B,), on the schedule or not. If a begin index was set, it is
+        that of the begin index before the first step and that of the next evaluation after it.
+        """
+        run = self._run
+        if run.begin_index is None or run.plan is None:
+            source = self._source() if run.plan is None else run.plan.source
+            alpha, sigma = coefficients(source, timesteps, original_samples)
+        else:
+            _, alpha, sigma = run.plan.nodes[run.begin_index if run.step_index is None else run.step_index]
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """:meth:`add_noise` with the arguments in the order of flow models."""
+        if noise is None:
+            raise ValueError("scale_noise() needs noise")
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The target of a velocity prediction: ``alpha eps - sigma x_0``, for flow models ``eps - x_0``."""
+        source = self._source()
+        if source.noise_schedule.frame == "flow":
+            return source.output_sign * (noise - sample)
+        alpha, sigma = coefficients(source, timesteps, sample)
+        return (alpha * noise - sigma * sample).to(sample.dtype)

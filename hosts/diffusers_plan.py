@@ -153,23 +153,25 @@ class Plan:
         given = np.asarray(sigmas, dtype=np.float64)
         if len(given) != len(self.sigmas):
             raise ValueError(f"sigmas had {len(self.sigmas)} elements and now have {len(given)}")
-        if not set(self.grid) <= set(self.nodes):
+        touched = self.sigmas.astype(np.float32) != given
+        levels = self.grid.level.copy()
+        if not touched[:-1].any() and given[-1] == given[-2]:  # a last step of length zero
+            if self.grid.steps == 1:
+                return self
+            levels[-1] = levels[-2] * (1.0 - VANISHING)
+        elif set(self.grid) <= set(self.nodes):
+            kept = [self.nodes.index(node) for node in self.grid]
+            new = 1.0 - given[kept] if self.source.inverted else given[kept]
+            if not np.all(np.diff(new) < 0):
+                raise ValueError(
+                    f"the changed sigmas must be strictly decreasing, got {given[kept].tolist()}"
+                )
+            levels = np.where(touched[kept], new, levels)
+        else:
             raise ValueError(
                 f"solver {self.solver.spec!r} evaluates elsewhere than on the grid; its sigmas cannot be changed"
             )
-        kept = [self.nodes.index(node) for node in self.grid]
-        asked = given[kept]
-        if len(asked) == 2 and asked[0] == asked[1]:
-            return self  # the only step would have no length
-        falling = asked[:-1] - asked[1:] if not self.source.inverted else asked[1:] - asked[:-1]
-        if not (np.all(falling[:-1] > 0) and falling[-1] >= 0):
-            raise ValueError(f"the changed sigmas must be strictly decreasing, got {asked.tolist()}")
-        # What was not touched keeps its exact value.
-        new = np.where(self.sigmas[kept].astype(np.float32) == asked, self.sigmas[kept], asked)
-        levels = 1.0 - new if self.source.inverted else new
-        if falling[-1] == 0:
-            levels[-1] = levels[-2] * (1.0 - VANISHING)
-        grid = _grid(self.source, levels, np.array([self.nodes[i].t for i in kept]))
+        grid = _grid(self.source, levels, self.grid.t)
         plan = replace(self, grid=grid, _starts={})
         if len(plan.nodes) != len(self.nodes):
             raise ValueError(
@@ -215,7 +217,9 @@ def make_plan(
     if recipe is not None:
         tuned = Recipe.from_dict(json.loads(recipe))
         if n != tuned.nfe:
-            raise ValueError(f"this recipe is for {tuned.nfe} evaluations: num_inference_steps must be that, got {n}")
+            raise ValueError(
+                f"this recipe is for {tuned.nfe} evaluations: num_inference_steps must be that, got {n}"
+            )
         prediction = "denoised" if denoised else source.prediction
         plan = Plan(source, tuned.solver, tuned.grid(noise), np.empty(0), prediction)
         return replace(plan, timesteps=_published(plan, None))

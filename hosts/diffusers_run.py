@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..samplers import Stepper
 from ..schedules import Node
+from .diffusers_compile import handle_of
 from .diffusers_plan import Plan
 
 
@@ -60,6 +63,29 @@ class Draws:
         return randn_tensor(tuple(like.shape), generator=self.generator, device=like.device, dtype=self.dtype)
 
 
+class History(Sequence):
+    """The registers of a stepper, but for the state that is evaluated next."""
+
+    def __init__(self, stepper: Stepper | None) -> None:
+        self._registers = {} if stepper is None else stepper._registers
+        # Before the first evaluation the only register is a place for the state.
+        begun = stepper is not None and stepper.evaluations
+        self._kept = (
+            [r for r in sorted(self._registers) if self._registers[r] is not stepper.x] if begun else []
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._registers[r] for r in self._kept[index]]
+        return self._registers[self._kept[index]]
+
+    def __setitem__(self, index: int, value: torch.Tensor) -> None:
+        self._registers[self._kept[index]] = value
+
+
 @dataclass(eq=False)
 class Run:
     """Everything that changes from ``set_timesteps`` on; one for each thread that calls it."""
@@ -73,3 +99,119 @@ class Run:
     stepper: Stepper | None = None
     draws: Draws | None = None
     before: Stepper | None = None
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The 16-bit state that was returned and what it was before it was rounded."""
+    rows: list[Run] | None = None
+    """A run for each sample, where a batch has several timesteps at once."""
+
+
+class PerThread:
+    """The state of a run as a scheduler shows it; each thread that calls ``set_timesteps`` has its own."""
+
+    _threads: threading.local
+    _latest: Run
+
+    @property
+    def _run(self) -> Run:
+        return getattr(self._threads, "run", None) or self._latest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerThread:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k != "_threads"}
+        return state | {"_latest": self._run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _threads=threading.local(), _handle=handle_of(self))
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """What the network is told at each evaluation, shape (evaluations,), on the device of ``set_timesteps``."""
+        return self._run.timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: torch.Tensor) -> None:
+        self._run.timesteps = value
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels of the evaluations and of the end, float32 on the CPU, shape (evaluations + 1,).
+
+        sigma / alpha for discrete and EDM models, sigma for flow models. Changes made before the first step are used.
+        """
+        return self._run.sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: torch.Tensor) -> None:
+        self._run.sigmas = value
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of steps asked for; None before ``set_timesteps``."""
+        return self._run.num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, value: int | None) -> None:
+        self._run.num_inference_steps = value
+
+    @property
+    def begin_index(self) -> int | None:
+        """The evaluation that the run starts with, if a pipeline has said so."""
+        return self._run.begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next evaluation; None before the first step."""
+        return self._run.step_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say with which evaluation the run starts; spares the look-up of the first timestep."""
+        self._run.begin_index = begin_index
+
+    @property
+    def _begin_index(self) -> int | None:
+        return self._run.begin_index
+
+    @_begin_index.setter
+    def _begin_index(self, value: int | None) -> None:
+        self._run.begin_index = value
+
+    @property
+    def _step_index(self) -> int | None:
+        return self._run.step_index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        run = self._run
+        if value is None:  # from the start again
+            run.step_index, run.stepper = None, None
+        elif run.step_index is None or value == run.step_index:
+            run.step_index = value
+        elif value == run.step_index - 1 and run.before is not None:  # Cosmos takes a trial step first
+            run.step_index, run.stepper, run.before = value, run.before, None
+        else:
+            raise ValueError(
+                f"step_index cannot be moved from {run.step_index} to {value}; call set_timesteps instead"
+            )
+
+    @property
+    def model_outputs(self) -> History:
+        """What the solver keeps from earlier evaluations, oldest first; elements may be replaced (cropped frames)."""
+        return History(self._run.stepper)
+
+    @model_outputs.setter
+    def model_outputs(self, value: list[torch.Tensor | None]) -> None:
+        kept = self.model_outputs
+        if kept and len(kept) != len(value):
+            raise ValueError(f"the solver keeps {len(kept)} tensors, got {len(value)}")
+        for i in range(len(kept)):
+            kept[i] = value[i]
+
+    @property
+    def last_sample(self) -> None:
+        """None: all that a solver keeps is in ``model_outputs``."""
+        return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
 from ..samplers import Solver, Stepper
-from ..schedules import VP, conversion
+from ..schedules import conversion
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.spec import suggestion
 from ..tuning import Recipe
+from .diffusers_compile import compiled_step, handle_of
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
-from .diffusers_noise import affine, coefficients, from_numpy, numbers
+from .diffusers_noise import Forward, affine, from_numpy, numbers
 from .diffusers_plan import Plan, Settings, make_plan
-from .diffusers_run import Draws, FewStepSchedulerOutput, Result, Run, resolved
+from .diffusers_run import Draws, FewStepSchedulerOutput, PerThread, Result, Run, resolved
 
 # What loaders of pipelines pass to every component.
 _LOADER = {
@@ -38,7 +39,7 @@ _LOADER = {
 }
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
     """Every fewstep solver and schedule as a scheduler for diffusers pipelines.
 
     ::
@@ -53,9 +54,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             flow pipelines always send, ``1 - i/n``; any other sigmas are used as given.
         integer_timesteps: round timesteps of discrete models, for networks that accept integers only. Sigmas are not
             rounded with them.
-        recipe: file written by ``fewstep tune``, or its content: replaces ``solver``, ``schedule`` and the
-            sigmas that a pipeline sends; ``num_inference_steps`` must be the recipe's. A run that begins in the middle of the levels
-            (image to image) steps through the rest of them with DPM-Solver++(2M).
+        recipe: file written by ``fewstep tune``, or its content: replaces ``solver``, ``schedule`` and the sigmas that
+            a pipeline sends; ``num_inference_steps`` must be the recipe's. A run that begins in the middle of the
+            levels (image to image) steps through the rest of them with DPM-Solver++(2M).
+        keep_float32: of 16-bit latents keep the fp32 state from step to step and go on from it, as long as the
+            pipeline hands back what it was given. One more fp32 tensor of memory.
 
     All other arguments are diffusers' own with diffusers' defaults; :meth:`from_config` copies them from the
     scheduler that is replaced. Keys that mean nothing here are kept, so that the original class can be restored from
@@ -131,6 +134,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         schedule: str | None = None,
         integer_timesteps: bool = False,
         recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+        keep_float32: bool = False,
         **unknown: Any,
     ) -> None:
         reject_unknown(unknown, self._parameters(), type(self).__name__)
@@ -138,6 +142,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         source = self._source()
         self._warned: set[str] = set()
         self._threads = threading.local()
+        self._handle = handle_of(self)
         # Before set_timesteps the schedule is the training one, as in diffusers.
         index = np.arange(source.train_steps)[::-1]
         levels = source.noise_schedule.train_levels[::-1]
@@ -192,123 +197,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """Set the static shift of a flow model; takes effect with the next ``set_timesteps``."""
         self.register_to_config(shift=shift, flow_shift=None)
 
-    # -- the state of a run, one for each thread -------------------------------------------------------------------
-
-    @property
-    def _run(self) -> Run:
-        return getattr(self._threads, "run", None) or self._latest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FewStepScheduler:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k != "_threads"}
-        return state | {"_latest": self._run}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _threads=threading.local())
-
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """What the network is told at each evaluation, shape (evaluations,), on the device of ``set_timesteps``."""
-        return self._run.timesteps
-
-    @timesteps.setter
-    def timesteps(self, value: torch.Tensor) -> None:
-        self._run.timesteps = value
-
-    @property
-    def sigmas(self) -> torch.Tensor:
-        """Noise levels of the evaluations and of the end, float32 on the CPU, shape (evaluations + 1,).
-
-        sigma / alpha for discrete and EDM models, sigma for flow models. Changes made before the first step are used.
-        """
-        return self._run.sigmas
-
-    @sigmas.setter
-    def sigmas(self, value: torch.Tensor) -> None:
-        self._run.sigmas = value
-
-    @property
-    def num_inference_steps(self) -> int | None:
-        """The number of steps asked for; None before ``set_timesteps``."""
-        return self._run.num_inference_steps
-
-    @num_inference_steps.setter
-    def num_inference_steps(self, value: int | None) -> None:
-        self._run.num_inference_steps = value
-
-    @property
-    def begin_index(self) -> int | None:
-        """The evaluation that the run starts with, if a pipeline has said so."""
-        return self._run.begin_index
-
-    @property
-    def step_index(self) -> int | None:
-        """The number of the next evaluation; None before the first step."""
-        return self._run.step_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say with which evaluation the run starts; spares the look-up of the first timestep."""
-        self._run.begin_index = begin_index
-
-    @property
-    def _begin_index(self) -> int | None:
-        return self._run.begin_index
-
-    @_begin_index.setter
-    def _begin_index(self, value: int | None) -> None:
-        self._run.begin_index = value
-
-    @property
-    def _step_index(self) -> int | None:
-        return self._run.step_index
-
-    @_step_index.setter
-    def _step_index(self, value: int | None) -> None:
-        run = self._run
-        if value is None:  # from the start again
-            run.step_index, run.stepper = None, None
-        elif run.step_index is None or value == run.step_index:
-            run.step_index = value
-        elif value == run.step_index - 1 and run.before is not None:  # Cosmos takes a trial step first
-            run.step_index, run.stepper, run.before = value, run.before, None
-        else:
-            raise ValueError(
-                f"step_index cannot be moved from {run.step_index} to {value}; call set_timesteps instead"
-            )
-
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation of the start state: 1, for EDM models the first level."""
         run = self._run
         source = self._source() if run.plan is None else run.plan.source
         return float(run.sigmas[0]) if source.noise_schedule.frame == "edm" else 1.0
-
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """alpha^2 at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
-        return from_numpy(self._discrete("alphas_cumprod").alphas_cumprod.astype(np.float32))
-
-    @property
-    def betas(self) -> torch.Tensor:
-        """beta at the training indices, float32, shape (num_train_timesteps,); discrete models only."""
-        product = self._discrete("betas").alphas_cumprod
-        return from_numpy((1.0 - product / np.concatenate([[1.0], product[:-1]])).astype(np.float32))
-
-    @property
-    def alphas(self) -> torch.Tensor:
-        """1 - beta at the training indices."""
-        return 1.0 - self.betas
-
-    def _discrete(self, name: str) -> VP:
-        noise = self._source().noise_schedule
-        if not isinstance(noise, VP):
-            raise AttributeError(f"{name!r} belongs to discrete models, this one is {type(noise).__name__}")
-        return noise
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -378,6 +272,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         run = self._run
         if run.plan is None or run.plan.source.sigma_data is None:
             return sample
+        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+            rows = zip(sample.split(1), timestep.reshape(-1).tolist())
+            indices = ((x, self.index_for_timestep(t)) for x, t in rows)
+            return torch.cat([x * run.plan.source.input_scale(float(run.plan.sigmas[i])) for x, i in indices])
         index = run.step_index
         if index is None:
             index = self._first_index(timestep)
@@ -399,7 +297,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: the network's output for ``sample`` at ``timestep``, of the sample's shape.
-            timestep: one of ``timesteps``; looked at in the first step only, and only if no begin index was set.
+            timestep: one of ``timesteps``; looked at in the first step only, and only if no begin index was set. With
+                one timestep for each sample every sample has its own run, and the timesteps are read in every step.
             sample: the current state. If it is not what the step before returned, the new one is used; what a solver
                 remembers of earlier steps stays.
             eta: if positive, replaces the option of that name of the solver (``ddim``, ``euler_ancestral``).
@@ -411,8 +310,16 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             ``(prev_sample, pred_original_sample)``, shape of ``sample``, dtype the promotion of both inputs.
         """
+        if torch.compiler.is_compiling():
+            if generator is not None or variance_noise is not None or pred_original_sample is not None or eta:
+                raise ValueError("a compiled step takes model_output, timestep, sample and return_dict")
+            return compiled_step(self._handle, model_output, timestep, sample, return_dict)
         if other:
             self._ignored(other)
+        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+            return self._step_rows(
+                model_output, timestep, sample, eta, generator, variance_noise, return_dict
+            )
         run = self._run
         plan = run.plan
         if plan is None:  # as published so far: every training step
@@ -434,12 +341,53 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         previous = self._advance(run, plan, fed, sample, generator, variance_noise, model_output.dtype)
         run.step_index = index + 1
         if previous.dtype != dtype:
-            previous = previous.to(dtype)
+            exact, previous = previous, previous.to(dtype)
+            run.rounded = (previous, exact) if self._values["keep_float32"] else None
         if return_dict:
             return FewStepSchedulerOutput(previous, resolved(denoised))
-        if torch.compiler.is_compiling():
-            return previous, resolved(denoised)
         return Result(previous, denoised)
+
+    def _step_rows(
+        self,
+        model_output: torch.Tensor,
+        timesteps: torch.Tensor,
+        sample: torch.Tensor,
+        eta: float,
+        generator: Any,
+        variance_noise: torch.Tensor | None,
+        return_dict: bool,
+    ) -> FewStepSchedulerOutput | tuple:
+        """A step of every sample at its own timestep; one that does not follow its last begins anew."""
+        run, count = self._run, sample.shape[0]
+        if timesteps.numel() != count:
+            raise ValueError(f"step() takes one timestep or one for each of {count}, got {timesteps.numel()}")
+        if run.plan is None:
+            run = self._train_steps(run)
+        rows = run.rows
+        if rows is None or len(rows) != count:
+            rows = run.rows = [replace(run, step_index=None, stepper=None, rows=None) for _ in range(count)]
+        results = []
+        try:
+            for i, t in enumerate(timesteps.reshape(-1).tolist()):
+                self._threads.run = row = rows[i]
+                if not self._follows(row, t):
+                    row.step_index, row.stepper, row.begin_index = None, None, self.index_for_timestep(t)
+                drawn = generator[i] if isinstance(generator, list) else generator
+                given = None if variance_noise is None else variance_noise[i : i + 1]
+                part = slice(i, i + 1)
+                out = self.step(model_output[part], t, sample[part], eta, drawn, given, return_dict=False)
+                results.append((out[0], out[1]))
+        finally:
+            self._threads.run = run
+        previous, denoised = (torch.cat(parts) for parts in zip(*results))
+        return FewStepSchedulerOutput(previous, denoised) if return_dict else (previous, denoised)
+
+    def _follows(self, run: Run, timestep: float) -> bool:
+        """Whether a timestep is that of the next evaluation."""
+        if run.step_index is None or run.plan is None or run.step_index >= len(run.plan.timesteps):
+            return False
+        tolerance = 1e-6 * (1.0 + abs(timestep)) + 0.5 * self._values["integer_timesteps"]
+        return abs(run.plan.timesteps[run.step_index] - timestep) <= tolerance
 
     def _train_steps(self, run: Run) -> Run:
         self.set_timesteps(timesteps=run.timesteps)
@@ -484,6 +432,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         variance_noise: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
+        if self._values["keep_float32"] and sample.dtype in (torch.float16, torch.bfloat16):
+            # Solvers that keep states keep them in fp32 too.
+            returned = run.rounded is not None and sample is run.rounded[0]
+            sample = run.rounded[1] if returned and run.rounded else sample.float()
         stepper, draws = run.stepper, run.draws
         assert stepper is not None and draws is not None
         if plan.source.sigma_data is not None:
@@ -596,39 +548,3 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 if len(nearest) > 1 and run.plan.begins(int(i)):
                     return int(i)
         return int(nearest[0])
-
-    # -- noise -----------------------------------------------------------------------------------------------------
-
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """``alpha x_0 + sigma eps``, dtype of ``original_samples``.
-
-        The level is that of ``timesteps``, shape (1,) or (B,), on the schedule or not. If a begin index was set, it is
-        that of the begin index before the first step and that of the next evaluation after it.
-        """
-        run = self._run
-        if run.begin_index is None or run.plan is None:
-            source = self._source() if run.plan is None else run.plan.source
-            alpha, sigma = coefficients(source, timesteps, original_samples)
-        else:
-            _, alpha, sigma = run.plan.nodes[run.begin_index if run.step_index is None else run.step_index]
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
-
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """:meth:`add_noise` with the arguments in the order of flow models."""
-        if noise is None:
-            raise ValueError("scale_noise() needs noise")
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(
-        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """The target of a velocity prediction: ``alpha eps - sigma x_0``, for flow models ``eps - x_0``."""
-        source = self._source()
-        if source.noise_schedule.frame == "flow":
-            return source.output_sign * (noise - sample)
-        alpha, sigma = coefficients(source, timesteps, sample)
-        return (alpha * noise - sigma * sample).to(sample.dtype)

@@ -61,8 +61,8 @@ def sample(
         noise: ``"white"``, ``"brownian"`` (the same path for any number of steps) or a noise source.
         progress: show a progress bar on stderr.
         recipe: file written by ``fewstep tune`` instead of solver, steps and schedule.
-        teleport: a :class:`fewstep.samplers.Gaussian` of the data and a noise level: x is moved there in closed form, in
-           place of the steps above it.
+        teleport: a :class:`fewstep.samplers.Gaussian` of the data and a noise level: x is moved there in closed form,
+           in place of the steps above it.
 
     Returns:
         The sample, shape of x, dtype the promotion of x's and the network's.

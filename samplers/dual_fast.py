@@ -19,9 +19,9 @@ def dual_fast(inner: Solver, trace: Trace, x: Linear, grid: TimeGrid, *, c: NonN
     """DualFast (experimental): ``eps' = (1 + c_t) eps(x_t) - c_t eps(x_T)``, x_T the first state.
 
     Made against the error of the network, which is smallest in nearly pure noise. ``c_t`` falls linearly in the number
-    of the step, from ``c`` at the first node to 0 at the last; ``c=0`` is the inner solver. The idea is the paper's, the
-    constants are ours, to be fitted to a model. The bias does
-    not shrink with the steps, so there is no order, and stochastic solvers lose their exactness on one point.
+    of the step, from ``c`` at the first node to 0 at the last; ``c=0`` is the inner solver. The idea is the paper's,
+    the constants are ours, to be fitted to a model. The bias does not shrink with the steps, so there is no order, and
+    stochastic solvers lose their exactness on one point. An evaluation at alpha = 0 is left as it is.
     """
     return inner.solve(_Mixing(trace, grid, c) if c > 0 else trace, x, grid)
 

@@ -1,4 +1,4 @@
-"""PFGM++: what differs from diffusion is the noise, a multivariate Student t of D degrees of freedom in place of a normal.
+"""PFGM++: diffusion with other noise, a multivariate Student t of D degrees of freedom in place of a normal.
 
 Xu et al., "PFGM++: Unlocking the Potential of Physics-Inspired Generative Models", https://arxiv.org/abs/2302.04265.
 

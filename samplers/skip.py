@@ -5,23 +5,19 @@ FSampler, https://github.com/obisin/ComfyUI-FSampler.
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-import numpy as np
-
 from ..schedules import Node, TimeGrid
-from .coefficients import lagrange
+from ..schedules.skipping import continuation, explicit_steps, parse_pattern, patterned_steps
 from .registry import Solver, transform
 from .trace import Evaluation, Linear, Trace, View, combination
 
 Variable = Literal["epsilon", "denoised"]
-UNIFORM = {2: (2.0, -1.0), 3: (3.0, -3.0, 1.0), 4: (4.0, -6.0, 4.0, -1.0)}
-"""Weights of the newest predictions that continue a polynomial in the number of the step."""
+_OWNER = "transform 'skip'"
 
 
 def _order(order: int, inner: Solver, pattern: str, **_: object) -> int:
-    return min(order, _parse(pattern)[0] if inner.evaluations_per_step == 1 else 1)
+    return min(order, parse_pattern(pattern, _OWNER)[0] if inner.evaluations_per_step == 1 else 1)
 
 
 @transform(
@@ -52,36 +48,12 @@ def skip(
     instead (the first two never are; two real steps must lie before the first skip and between two runs of skips).
     All stages of a skipped step use the same e, which is first order.
     """
-    order, interval = _parse(pattern)
+    order, interval = parse_pattern(pattern, _OWNER)
     if indices:
-        skipped = _explicit(indices, grid.steps)
+        skipped = explicit_steps(grid.steps, indices)
     else:
-        first, last = max(protect_first, order), grid.steps - protect_last
-        skipped = {i for i in range(first, last) if (i - first) % (interval + 1) == interval}
+        skipped = patterned_steps(grid.steps, order, interval, protect_first, protect_last)
     return inner.solve(_Skipping(trace, inner, grid, skipped, order, variable, sigma_aware), x, grid)
-
-
-def _parse(pattern: str) -> tuple[int, int]:
-    match = re.fullmatch(r"h([234])(?:/s([2-6]))?", pattern)
-    order, interval = (int(g or match[1]) for g in match.groups()) if match else (1, 0)
-    if interval < order:
-        raise ValueError(
-            f"option 'pattern' of transform 'skip' must be h2/s2 to h2/s6, h3/s3 to h3/s6 or h4/s4 to h4/s6, "
-            f"got {pattern!r}"
-        )
-    return order, interval
-
-
-def _explicit(indices: tuple[int, ...], steps: int) -> set[int]:
-    skipped: set[int] = set()
-    real, needed = 0, 2  # real steps in a row, and how many a skip waits for
-    for i in range(steps):
-        if i in indices and i > 1 and (real >= needed or i - 1 in skipped):
-            skipped.add(i)
-            real = 0
-        else:
-            real += 1
-    return skipped
 
 
 class _Skipping(View):
@@ -124,9 +96,5 @@ class _Skipping(View):
         n = len(self.history)
         if n < 2:
             return None
-        if self.sigma_aware:
-            ratios = [s.ratio for s, _ in self.history]
-            weights = [float(w[0]) for w in lagrange(ratios, np.array([node.ratio]))]
-        else:
-            weights = UNIFORM[n]
+        weights = continuation([s.ratio for s, _ in self.history], node.ratio, self.sigma_aware)
         return self.inner.keep(combination(*zip(weights, (value for _, value in self.history))))

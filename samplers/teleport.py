@@ -108,13 +108,13 @@ class Gaussian:
         levels = grid.level
         if not levels[-1] < level <= levels[0]:
             raise ValueError(
-                f"the level to teleport to must be above {levels[-1]:g}, where the grid ends, and at most {levels[0]:g}, "
-                f"where it starts, got {level:g}"
+                f"teleport needs a level above {levels[-1]:g}, where the grid ends, and at most {levels[0]:g}, where "
+                f"it starts, got {level:g}"
             )
-        below = grid.tail(int(np.argmax(levels < level)) - 1)
         first = TimeGrid.from_levels(grid.noise_schedule, [level, levels[-1]])[0]
-        nodes = np.array([first, *list(below)[1:]])
-        rest = TimeGrid(*nodes.T, grid.noise_schedule)
+        nodes = [first, *(n for n, below in zip(grid, levels < level) if below)]
+        t, alpha, sigma = np.array(nodes).T
+        rest = TimeGrid(t, alpha, sigma, grid.noise_schedule)
         return self.move(x, grid[0], rest[0]), rest
 
     def _apply(

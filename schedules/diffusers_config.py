@@ -262,13 +262,8 @@ def native_levels(
 
 
 def final_level(config: Config, source: Source, levels: Array) -> float:
-    """The level that the last step ends at: 0, or with ``final_sigmas_type="sigma_min"`` the cleanest trained one.
-
-    DEIS and SA-Solver have no such key and end there always.
-    """
-    noisy = config.get("algorithm_type") == "deis" or "predictor_order" in config
-    kind = _get(config, "final_sigmas_type", "sigma_min" if noisy else "zero")
-    if kind != "sigma_min" or source.noise_schedule.frame == "flow":
+    """The level that the last step ends at: 0, or with ``final_sigmas_type="sigma_min"`` the cleanest trained one."""
+    if _get(config, "final_sigmas_type", "zero") != "sigma_min" or source.noise_schedule.frame == "flow":
         return 0.0
     if source.clock == "index":
         return min(source.noise_schedule.level_min, float(levels[-1]))

@@ -26,7 +26,9 @@ def test_golden(golden, policy):
         for i, record in enumerate(session.trace):
             if record.cosine is not None:
                 measured = ~torch.isnan(record.cosine)
-                np.testing.assert_allclose(record.cosine[measured], g["cosine"][i][measured.numpy()], atol=1e-6)
+                np.testing.assert_allclose(
+                    record.cosine[measured], g["cosine"][i][measured.numpy()], atol=1e-6
+                )
             mask = torch.as_tensor(np.broadcast_to(np.atleast_1d(expected[i]), batch).copy())
             guided = torch.lerp(torch.from_numpy(u[i]), torch.from_numpy(c[i]), 7.0)
             want = torch.where(mask[:, None, None, None], guided, torch.from_numpy(c[i]))
@@ -62,7 +64,10 @@ def test_a_sample_does_not_depend_on_the_others():
     guidance = CFG(4.0) + AdaptiveGuidance(0.9, policy="per_sample")
     one_by_one = [two_gaussians() for _ in X]
     alone = torch.cat(
-        [fs.sample(d, X[i : i + 1], "dpmpp_2m", steps=10, guidance=guidance) for i, d in enumerate(one_by_one)]
+        [
+            fs.sample(d, X[i : i + 1], "dpmpp_2m", steps=10, guidance=guidance)
+            for i, d in enumerate(one_by_one)
+        ]
     )
     together = two_gaussians()
     torch.testing.assert_close(fs.sample(together, X, "dpmpp_2m", steps=10, guidance=guidance), alone)
@@ -87,7 +92,13 @@ def test_momentum_stays_when_latched():
 
 def test_not_measured_while_the_condition_is_noised():
     denoiser = two_gaussians(condition=torch.ones(4, 6, dtype=torch.float64))
-    fs.sample(denoiser, X, "ddim", steps=10, guidance=CFG(4.0) + CADS(time="index", tau1=0.5) + AdaptiveGuidance(-1.0))
+    fs.sample(
+        denoiser,
+        X,
+        "ddim",
+        steps=10,
+        guidance=CFG(4.0) + CADS(time="index", tau1=0.5) + AdaptiveGuidance(-1.0),
+    )
     assert denoiser.nfe == 4 * (10 + 6)  # steps 0 to 4 are noised, step 5 is measured
 
 

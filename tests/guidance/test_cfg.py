@@ -92,7 +92,9 @@ def test_interval_costs_one_outside_and_full_interval_is_cfg():
 def test_the_decision_is_the_steps():
     """Heun: the second stage, at the next level, does not ask again."""
     denoiser = two_gaussians(EDM(), "denoised")
-    fs.sample(denoiser, 10 * noise(1, 4), "heun", sigmas=[10.0, 5.0, 2.0, 0.5], guidance=CFG(2.0, low=3.0, high=6.0))
+    fs.sample(
+        denoiser, 10 * noise(1, 4), "heun", sigmas=[10.0, 5.0, 2.0, 0.5], guidance=CFG(2.0, low=3.0, high=6.0)
+    )
     names = [n for n, _ in denoiser.calls]
     assert names == ["conditional"] * 2 + ["conditional", "unconditional"] * 2 + ["conditional"] * 2
 
@@ -126,14 +128,24 @@ def test_mixture_trajectories_golden(golden, kind):
     def eps(x, node, parts):
         d2 = [node.alpha**2 * variance[k] + node.sigma**2 for k in parts]
         r = torch.stack(
-            [-((x - node.alpha * mean[k]) ** 2) / (2 * v) - 0.5 * math.log(v) + math.log(g["weights"][k]) for k, v in zip(parts, d2)]
+            [
+                -((x - node.alpha * mean[k]) ** 2) / (2 * v) - 0.5 * math.log(v) + math.log(g["weights"][k])
+                for k, v in zip(parts, d2)
+            ]
         ).softmax(0)
-        return sum(r[j] * node.sigma * (x - node.alpha * mean[k]) / v for j, (k, v) in enumerate(zip(parts, d2)))
+        return sum(
+            r[j] * node.sigma * (x - node.alpha * mean[k]) / v for j, (k, v) in enumerate(zip(parts, d2))
+        )
 
     low, high = map(float, g["interval"])
-    guidance = {"cond": CFG(1.0), "uncond": CFG(0.0), "cfg": CFG(w), "interval": CFG(w, low=low, high=high)}[kind]
+    guidance = {"cond": CFG(1.0), "uncond": CFG(0.0), "cfg": CFG(w), "interval": CFG(w, low=low, high=high)}[
+        kind
+    ]
     grid = fs.schedules.TimeGrid(
-        np.array([n.t for n in nodes]), np.array([n.alpha for n in nodes]), np.array([n.sigma for n in nodes]), VP.linear()
+        np.array([n.t for n in nodes]),
+        np.array([n.alpha for n in nodes]),
+        np.array([n.sigma for n in nodes]),
+        VP.linear(),
     )
     program = fs.compile("ddim", grid, prediction="epsilon")
     session = fs.guidance.Guidance((guidance,)).session(run_of(program.evaluations, "epsilon"))

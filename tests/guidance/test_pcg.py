@@ -76,7 +76,10 @@ def test_mean_and_variance_golden(golden, case, rule):
     g = golden.guidance("pcg_gaussian")
     p = json.loads(str(g["params"]))
     gamma, k = float(g["vp_cases_gamma_K"][case][0]), int(g["vp_cases_gamma_K"][case][1])
-    networks = {"conditional": gaussian_eps(p["mc"], p["vc"]), "unconditional": gaussian_eps(p["mu"], p["vu"])}
+    networks = {
+        "conditional": gaussian_eps(p["mc"], p["vc"]),
+        "unconditional": gaussian_eps(p["mu"], p["vu"]),
+    }
     grid = grid_of(g["alphas_cumprod"])
     draws = k * (grid.steps - 1)
     # column 0: from 0 without noise; 1: from 1; 2 + j: noise j alone
@@ -156,7 +159,9 @@ def test_equivalence_with_ddpm_under_cfg_halves_with_the_step():
             if session.moves:
                 stepper.x = session.move(stepper.x, stepper.node, evaluate)
             call = session.begin(stepper.x, stepper.node, evaluate)
-            stepper.step(session.finish(call, {k: networks[k](stepper.x, stepper.node) for k in call.branches}))
+            stepper.step(
+                session.finish(call, {k: networks[k](stepper.x, stepper.node) for k in call.branches})
+            )
         return float((stepper.x[1:] ** 2).sum())
 
     gaps = []
@@ -195,10 +200,14 @@ def test_cost_seeds_and_shaping(k):
     a = fs.sample(denoiser, x, "ddim", steps=7, guidance=PCG(4.0, steps=k), seed=1)
     assert denoiser.nfe == 2 * (7 * (1 + 2 * k) - 2 * k)
     assert torch.equal(a, fs.sample(two_gaussians(), x, "ddim", steps=7, guidance=PCG(4.0, steps=k), seed=1))
-    assert not torch.equal(a, fs.sample(two_gaussians(), x, "ddim", steps=7, guidance=PCG(4.0, steps=k), seed=2))
+    assert not torch.equal(
+        a, fs.sample(two_gaussians(), x, "ddim", steps=7, guidance=PCG(4.0, steps=k), seed=2)
+    )
     alone = fs.sample(two_gaussians(), x[1:], "ddim", steps=7, guidance=PCG(4.0, steps=k), seed=[2])
     torch.testing.assert_close(a[1:], alone)
-    shaped = fs.sample(two_gaussians(), x, "ddim", steps=7, guidance=PCG(4.0, steps=k) + APG(norm=0.5), seed=1)
+    shaped = fs.sample(
+        two_gaussians(), x, "ddim", steps=7, guidance=PCG(4.0, steps=k) + APG(norm=0.5), seed=1
+    )
     assert not torch.equal(a, shaped)
 
 

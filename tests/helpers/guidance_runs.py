@@ -19,7 +19,9 @@ def vp_node(abar: float, t: float = 0.0) -> Node:
     return Node(t, abar**0.5, (1.0 - abar) ** 0.5)
 
 
-def run_of(nodes: Sequence[Node], prediction: Any = "denoised", schedule: NoiseSchedule | None = None, **kwargs: Any) -> Run:
+def run_of(
+    nodes: Sequence[Node], prediction: Any = "denoised", schedule: NoiseSchedule | None = None, **kwargs: Any
+) -> Run:
     kwargs = {"branches": frozenset({"conditional", "unconditional"}), "end": Node(0.0, 1.0, 0.0)} | kwargs
     return Run(schedule or EDM(), prediction, nodes=tuple(nodes), **kwargs)
 
@@ -43,7 +45,9 @@ def drive(
         call = session.begin(states[i], node)
         given = {"conditional": c[i], "unconditional": u[i]}
         results.append(
-            session.finish(call, {k: given[k] if rows is None else given[k][rows] for k, rows in call.branches.items()})
+            session.finish(
+                call, {k: given[k] if rows is None else given[k][rows] for k, rows in call.branches.items()}
+            )
         )
     return results, session
 

@@ -12,8 +12,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "names.md"
 HEAD = """# The names of other libraries
 
 Every name below that stands for a solver is one here as well: `fewstep.sample(..., solver="dpmpp_2m_sde_heun")`,
-`FewStepScheduler.from_config(config, solver="LMSDiscreteScheduler")`, `fewstep explain uni_pc_bh2`. Options are added as
-usual and go before those that the name implies: `"uni_pc:order=2"`. `fewstep list solvers --json` has the same map.
+`FewStepScheduler.from_config(config, solver="LMSDiscreteScheduler")`, `fewstep explain uni_pc_bh2`. Options are added
+as usual and go before those that the name implies: `"uni_pc:order=2"`. `fewstep list solvers --json` has the same map.
 
 `python tests/helpers/names_table.py` writes this page.
 """
@@ -21,7 +21,6 @@ usual and go before those that the name implies: `"uni_pc:order=2"`. `fewstep li
 K_DIFFUSION_NOTES = {
     "dpm_adaptive": "no spec: how many steps it takes depends on the data; `fewstep.sample_adaptive`",
     "dpm_fast": "its two levels are the ends of the grid, and n its number of steps",
-    "dpmpp_2m_sde": "its default is `dpmpp_2m_sde_heun` in versions before ComfyUI's",
     "dpmpp_3m_sde": "half the weight of the last difference, as there; `variant=exact` has all of it",
 }
 # sample_* of k_diffusion/sampling.py, without the prefix.
@@ -41,8 +40,9 @@ K_DIFFUSION = (
     "dpmpp_3m_sde",
 )
 
-CFG_PP = "no spec: CFG++ is guidance, not a solver; it steps from one prediction along another"
+CFG_PP = "no spec: CFG++ is guidance, not a solver"
 LOG_SIGMA = "on flow models ComfyUI counts in log sigma, the solver here in log(alpha / sigma)"
+RF = "on flow models ComfyUI has the noise of `euler_ancestral:frame=flow`, and log sigma as for `dpm_2`"
 # SAMPLER_NAMES of comfy/samplers.py, 0.3.64 to 0.38, and what is to know about each.
 COMFYUI: dict[str, str] = {
     "euler": "",
@@ -54,11 +54,11 @@ COMFYUI: dict[str, str] = {
     "exp_heun_2_x0": "",
     "exp_heun_2_x0_sde": "",
     "dpm_2": LOG_SIGMA,
-    "dpm_2_ancestral": "on flow models ComfyUI's noise is that of `euler_ancestral:frame=flow`",
+    "dpm_2_ancestral": RF,
     "lms": "the same numbers on all models: `ipndm:weights=variable`, whose last step is Euler's",
     "dpm_fast": LOG_SIGMA,
     "dpm_adaptive": K_DIFFUSION_NOTES["dpm_adaptive"],
-    "dpmpp_2s_ancestral": "on flow models ComfyUI's noise is that of `euler_ancestral:frame=flow`",
+    "dpmpp_2s_ancestral": RF,
     "dpmpp_2s_ancestral_cfg_pp": CFG_PP,
     "dpmpp_sde": "",
     "dpmpp_sde_gpu": "",
@@ -74,7 +74,7 @@ COMFYUI: dict[str, str] = {
     "lcm": "",
     "ipndm": "",
     "ipndm_v": "the exact weights; ComfyUI's have three slips: `ipndm:weights=published`",
-    "deis": "exact integrals in the model's own time; ComfyUI's: `deis:variable=vp,riemann=10000,both_ends=true`",
+    "deis": "exact and in the model's own time; ComfyUI on diffusion: `deis:variable=vp,riemann=10000,both_ends=true`",
     "res_multistep": LOG_SIGMA,
     "res_multistep_cfg_pp": CFG_PP,
     "res_multistep_ancestral": "on flow models ComfyUI's keeps the rule of EDM models, which is not one of a flow",
@@ -87,7 +87,7 @@ COMFYUI: dict[str, str] = {
     "sa_solver": "noise at every level; ComfyUI has it from 20 to 80 per cent of the way: `s_min`, `s_max`",
     "sa_solver_pece": "as `sa_solver`",
     "ddim": "ComfyUI's is its euler",
-    "uni_pc": "ComfyUI ends at sigma 0.001 and drops the level before; EDM's frame on flow models, too",
+    "uni_pc": "ComfyUI ends at sigma 0.001, and treats a flow model as if it were an EDM one",
     "uni_pc_bh2": "as `uni_pc`",
     "cfgpp_ud10_ab": CFG_PP,
 }
@@ -105,15 +105,15 @@ DIFFUSERS: dict[str, str] = {
     "CosineDPMSolverMultistepScheduler": "",
     "DDIMInverseScheduler": INVERSION,
     "DDIMParallelScheduler": "as `DDIMScheduler`",
-    "DDIMScheduler": "steps to t - T // n whatever its list says: `stride`, and `final_index` for `set_alpha_to_one=False`",
+    "DDIMScheduler": "steps to t - T // n whatever its list says: `stride`; `final_index` if not `set_alpha_to_one`",
     "DDPMParallelScheduler": "",
     "DDPMScheduler": "learned variances are no part of it",
     "DDPMWuerstchenScheduler": "no noise in the last step, though its last level is not 0",
     "DEISMultistepScheduler": "lowers the last orders below 15 steps only",
     "DPMSolverMultistepInverseScheduler": INVERSION,
-    "DPMSolverMultistepScheduler": "`algorithm_type=sde-dpmsolver` has no spec: its step is not exact for one data point",
+    "DPMSolverMultistepScheduler": "`algorithm_type=sde-dpmsolver` has no spec: it is not exact for one data point",
     "DPMSolverSDEScheduler": "",
-    "DPMSolverSinglestepScheduler": "`algorithm_type=sde-dpmsolver++` has no spec: `dpmpp_sde` with stages on the grid",
+    "DPMSolverSinglestepScheduler": "`algorithm_type=sde-dpmsolver++` has no spec: `dpmpp_sde`, stages on the grid",
     "DiscreteDDIMScheduler": DISCRETE,
     "EDMDPMSolverMultistepScheduler": "",
     "EDMEulerScheduler": "with churn the class evaluates before it adds the noise",
@@ -227,6 +227,8 @@ def page() -> str:
         text += f"\n## {title}\n\n| name | solver | to know |\n|---|---|---|\n"
         for name, note in names.items():
             text += f"| `{name}` | {f'`{fs.solver(name).spec}`' if has_spec(note) else ''} | {note} |\n"
+        if title == "ComfyUI":
+            text += COMFYUI_TAIL
         if title == "diffusers":
             text += OPTIONS_HEAD + "".join(
                 f"| `{name}` | {', '.join(f'`{k}={v}`' for k, v in options.items())} | `{spec}` |\n"
@@ -243,6 +245,13 @@ in a step of no length. tests/hosts/test_same_as_diffusers.py compares every cla
 
 | class | options | solver |
 |---|---|---|
+"""
+
+COMFYUI_TAIL = """
+On diffusion models every name gives ComfyUI's numbers on the same levels but where the table says otherwise; on flow
+models too, with the remarks above. KSampler drops the last level but one for dpm_2, dpm_2_ancestral, uni_pc and
+uni_pc_bh2, and the samplers that count in log(alpha / sigma) start a flow just below sigma = 1; both are a matter of
+the levels, not of the solver.
 """
 
 if __name__ == "__main__":

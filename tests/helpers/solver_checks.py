@@ -52,7 +52,8 @@ TRANSFORMED = [
 
 INEXACT = {"euler+skip:h2/s2", "ipndm:weights=published", "ipndm+afs", "heun+afs", "dpmpp_2m_sde+afs"}
 """Not exact on a point mass: FSampler continues k eps as a polynomial in the number of the step, which it is not even
-where eps is constant; the published weights of iPNDM_v do not add up to one; an analytical first step assumes data of unit variance."""
+where eps is constant; the published weights of iPNDM_v do not add up to one; an analytical first step assumes data
+of unit variance."""
 
 SIGNAL_ONLY = {
     "accelerated_ddpm",

@@ -286,6 +286,7 @@ _MASK = {
     "strength": 1.0,
 }
 
+
 def _pixart() -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,

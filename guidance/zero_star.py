@@ -1,0 +1,60 @@
+"""CFG-Zero*: a scaled unconditional prediction, and no velocity in the first steps."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+
+from ..schedules import conversion
+from ..schedules.spec import Range
+from .method import Method, method
+from .run import Call, Run
+from .tensors import inner
+
+if TYPE_CHECKING:
+    from .composition import Guidance
+
+
+@method(
+    "cfg_zero",
+    rank=41,
+    reference="CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models, https://arxiv.org/abs/2503.18886",
+)
+@dataclass(frozen=True)
+class CFGZeroStar(Method):
+    """CFG-Zero*: ``s u + w (c - s u)`` with ``s = <c, u> / |u|^2`` of each sample; zero velocity in the first steps.
+
+    ``scale`` is w; left out, another method gives it. ``zero_steps`` is how many steps move the state nowhere: a velocity
+    of 0, or no noise predicted where the network predicts noise or data (x_0 = x / alpha). They cost no evaluation, but
+    an interval of the schedule. -1 is 4% of the steps, rounded down; diffusers has 1. ``space``: that of the network;
+    ``epsilon`` is ComfyUI's.
+    """
+
+    scale: float | None = None
+    _: KW_ONLY
+    zero_steps: Annotated[int, Range(-1)] = -1
+    space: Literal["network", "denoised", "epsilon", "v", "flow"] = "network"
+
+    needs_scale = True
+
+    @property
+    def weight(self) -> float | None:
+        return self.scale
+
+    def check(self, run: Run, guidance: Guidance) -> None:
+        if self.zero_steps > 0 and not run.nodes:
+            raise ValueError("option 'zero_steps' of guidance 'cfg_zero' counts steps; use fs.sample")
+
+    def plan(self, call: Call, state: None) -> None:
+        steps = self.zero_steps if self.zero_steps >= 0 else int(0.04 * call.run.steps)
+        if call.guided and call.step < steps:
+            zero = torch.zeros_like(call.x)
+            if call.run.prediction == "denoised":
+                zero = conversion("epsilon", "denoised", call.node)[0] * call.x
+            call.answer = zero
+
+    def unconditional(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: None) -> torch.Tensor:
+        a, b = call.to(c, self.space), call.to(u, self.space)
+        return call.back(inner(a, b) / (inner(b, b) + 1e-8) * b, self.space)

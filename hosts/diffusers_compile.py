@@ -1,0 +1,59 @@
+"""``step`` under torch.compile: one operator that the compiler does not look into.
+
+What ``step`` does depends on where the run stands, which would be compiled anew for every step. As an operator it is
+called at run time; its kernels are the same few as without compilation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+_SCHEDULERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def handle_of(scheduler: Any) -> int:
+    """A number for a scheduler, by which the operator finds it."""
+    number = next(_NUMBERS)
+    _SCHEDULERS[number] = scheduler
+    return number
+
+
+def _step(
+    handle: int, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    previous, denoised = _SCHEDULERS[handle].step(output, timestep, sample, return_dict=False)
+    # An operator may not return what it was given.
+    inputs = {output.data_ptr(), sample.data_ptr()}
+    previous, denoised = (x.clone() if x.data_ptr() in inputs else x for x in (previous, denoised))
+    return previous, denoised
+
+
+# The namespace is the package's, which may be imported under two names; a CUDA graph would not come back to Python.
+_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_operator = torch.library.custom_op(f"{__name__.replace('.', '_')}::step", _step, mutates_args=(), **_TAGS)
+
+
+@_operator.register_fake
+def _(
+    handle: int, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(output.dtype, sample.dtype)
+    return torch.empty_like(sample, dtype=dtype), torch.empty_like(sample, dtype=dtype)
+
+
+def compiled_step(
+    handle: int, output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool
+) -> Any:
+    """What ``step`` is while it is compiled."""
+    at = timestep if isinstance(timestep, torch.Tensor) else torch.tensor(timestep)
+    previous, denoised = _operator(handle, output, at, sample)
+    if return_dict:
+        from .diffusers_run import FewStepSchedulerOutput
+
+        return FewStepSchedulerOutput(previous, denoised)
+    return previous, denoised
