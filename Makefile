@@ -15,11 +15,12 @@ DEMO := .venv-demo
 TEST := .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel clean FORCE
+.PHONY: help demo test matrix lint format types wheel clean FORCE
 
 help:
 	@echo "make demo     run the main job: solvers x NFE on the embedded models, and a report"
 	@echo "make test     run the tests (some of them: make test ARGS='tests/samplers -k unipc')"
+	@echo "make matrix   run the tests of the diffusers scheduler with every version of diffusers that is supported"
 	@echo "make lint     check rules and formatting with ruff; make format applies them"
 	@echo "make types    check the types of the library and its tests with pyright"
 	@echo "make wheel    build the source archive and the wheel into dist/"
@@ -63,6 +64,22 @@ test: $(TEST)/.installed
 	$(call install_package,$(TEST))
 	OMP_NUM_THREADS=1 $(call python_in,$(TEST)) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
+# transformers 5 came between 0.37 and 0.40. The newest diffusers is in `make test`.
+matrix: .venv-diffusers-0.35/.installed .venv-diffusers-0.37/.installed .venv-diffusers-0.40/.installed
+	for version in 0.35 0.37 0.40; do \
+	  $(pip_in_diffusers) --no-deps --no-build-isolation --force-reinstall . && rm -rf build fewstep.egg-info && \
+	  OMP_NUM_THREADS=1 .venv-diffusers-$$version/bin/python -m pytest -q $(ARGS) tests/hosts/test_diffusers_*.py || exit 1; \
+	done
+
+pip_in_diffusers = .venv-diffusers-$$version/bin/python -m pip install -qq --no-compile --disable-pip-version-check
+
+.venv-diffusers-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-diffusers-$*
+	grep -E '^torch==' constraints.txt | xargs .venv-diffusers-$*/bin/python -m pip install -qq --no-compile $(PIP_ARGS) setuptools
+	.venv-diffusers-$*/bin/python -m pip install -qq --no-compile $(PIP_ARGS) "diffusers==$*.*" numpy scipy pytest \
+	  "transformers$(if $(filter 0.35 0.37,$*),<5,>=5)" accelerate safetensors pillow
+	@touch $@
+
 lint: $(TEST)/.installed
 	$(call python_in,$(TEST)) -m ruff check .
 	$(call python_in,$(TEST)) -m ruff format --check .
@@ -82,7 +99,7 @@ wheel: $(TEST)/.installed
 	rm -rf build fewstep.egg-info
 
 clean:
-	rm -rf $(DEMO) $(TEST) build dist fewstep.egg-info .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(TEST) .venv-diffusers-* build dist fewstep.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is complete when its stamp is in it. When pyproject.toml or the constraints change it is made anew, not

@@ -34,16 +34,16 @@ class _Latch:
 class AdaptiveGuidance(Method):
     """Adaptive guidance: guided until the cosine of c and u reaches a threshold, conditional from the next step on.
 
-    ``cos = <c, u> / (|c| |u|)`` over all dimensions of a sample. The step that reaches ``threshold`` is still guided, as
-    both branches have run. NFE is ``2 n + (N - n)`` with n guided steps of N. A threshold above 1 is CFG, one of -1
-    guides ``min_guided_steps`` steps.
+    ``cos = <c, u> / (|c| |u|)`` over all dimensions of a sample. The step that reaches ``threshold`` is still guided,
+    as both branches have run. NFE is ``2 n + (N - n)`` with n guided steps of N. A threshold above 1 is CFG, one of
+    -1 guides ``min_guided_steps`` steps.
 
     ``space`` is where the cosine is taken. The paper's is the network's; but predictions of the noise are nearly
-    parallel from the first step on, so here it is the ``denoised`` prediction (0.99 to 0.9999). ``policy`` for a batch:
-    ``all`` runs u for every sample until all agree, ``any`` until one does, ``per_sample`` for the samples that do not
-    yet, so that the result of a sample does not depend on the others; the unconditional network is then called with
-    fewer rows. Once left out u does not come back, and what other methods keep of it stays as it is. Measured at the
-    first evaluation of a step, never while CADS changes the condition.
+    parallel from the first step on, so here it is the ``denoised`` prediction (0.99 to 0.9999). ``policy`` for a
+    batch: ``all`` runs u for every sample until all agree, ``any`` until one does, ``per_sample`` for the samples
+    that do not yet, so that the result of a sample does not depend on the others; the unconditional network is then
+    called with fewer rows. Once left out u does not come back, and what other methods keep of it stays as it is.
+    Measured at the first evaluation of a step, never while CADS changes the condition.
 
     The host waits for the device once a guided step, to read whether u is needed.
     """

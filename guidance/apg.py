@@ -31,9 +31,9 @@ class _Momentum:
 class APG(Method):
     """Adaptive projected guidance: the part of the difference along the prediction is left out.
 
-    On denoised predictions c and u of each sample, ``d = c - u``, in this order: momentum ``m <- d + momentum m``, with m
-    in the place of d; a cap ``d <- d min(1, norm / |d|)``; the projection ``d <- d - (1 - eta) <d, c> c / |c|^2``. The
-    result is ``c + (w - 1) d``. With ``eta=1,norm=0,momentum=0`` it is CFG.
+    On denoised predictions c and u of each sample, ``d = c - u``, in this order: momentum ``m <- d + momentum m``,
+    with m in the place of d; a cap ``d <- d min(1, norm / |d|)``; the projection ``d <- d - (1 - eta) <d, c> c /
+    |c|^2``. The result is ``c + (w - 1) d``. With ``eta=1,norm=0,momentum=0`` it is CFG.
 
     ``scale`` is w; left out, another method gives it. ``eta`` keeps a share of the parallel part. ``norm`` is the
     greatest |d|, 0 for none. It is a number for one size of latent, over all dimensions of a sample, and grows as the

@@ -30,14 +30,14 @@ class CADS(Method):
 
     At diffusion time t, 1 at pure noise, ``gamma = 1`` for t <= tau1, 0 for t >= tau2, ``(tau2 - t) / (tau2 - tau1)``
     between. ``y' = sqrt(gamma) y + noise sqrt(1 - gamma) n`` with n ~ N(0, I) fresh in every step, one for all its
-    evaluations; ``y'' = (y' - mean y') / std y' std y + mean y``; the network is given ``mix y'' + (1 - mix) y'``. Only
-    the conditional branch is; u stays as it is. A y' without spread is not rescaled. ``noise = 0`` is not the identity
-    where gamma = 0: there y' is zero.
+    evaluations; ``y'' = (y' - mean y') / std y' std y + mean y``; the network is given ``mix y'' + (1 - mix) y'``.
+    Only the conditional branch is; u stays as it is. A y' without spread is not rescaled. ``noise = 0`` is not the
+    identity where gamma = 0: there y' is zero.
 
     ``noise`` is s of the paper: 0.25 for text with tau1 = 0.6, tau2 = 0.9; 0.1 to 0.15 for a class with tau1 = 0.5.
-    ``mix`` is psi. ``stats``: means and deviations (n - 1) of each ``sample``, or ``global``, of the whole batch, as in
-    the paper's listing. ``time``: ``diffusion`` is t over its greatest value for VP models and sigma for flow models;
-    ``index`` is 1 - i / N for step i. Adaptive guidance does not measure while gamma < 1.
+    ``mix`` is psi. ``stats``: means and deviations (n - 1) of each ``sample``, or ``global``, of the whole batch, as
+    in the paper's listing. ``time``: ``diffusion`` is t over its greatest value for VP models and sigma for flow
+    models; ``index`` is 1 - i / N for step i. Adaptive guidance does not measure while gamma < 1.
 
     Defaults as recalled. ValueError for a denoiser without a condition that can be reached.
     """

@@ -20,17 +20,18 @@ class CFG(Method):
     in every space). Costs two evaluations a sample, one at w = 1 and outside the interval (u is not needed) and at
     a constant w = 0 (c is not).
 
-    ``scale`` is w; left out, another method gives it. Guided are the steps i of N with ``int(start N) <= i <
-    int(stop N)`` whose noise level k = sigma / alpha has ``low < k <= high`` (Kynkaanniemi et al., "Applying Guidance in
-    a Limited Interval Improves Sample and Distribution Quality in Diffusion Models"; a flow model's sigma is
-    ``k / (1 + k)``); the others are plainly conditional. The decision is the step's, for all its evaluations. ``stop=0.6``
-    is guidance for the first steps only (Step AG).
+    ``scale`` is w; left out, another method gives it. Guided are the steps i of N with ``int(start N) <= i < int(stop
+    N)`` whose noise level k = sigma / alpha has ``low < k <= high`` (Kynkaanniemi et al., "Applying Guidance in a
+    Limited Interval Improves Sample and Distribution Quality in Diffusion Models"; a flow model's sigma is ``k / (1 +
+    k)``); the others are plainly conditional. The decision is the step's, for all its evaluations. ``stop=0.6`` is
+    guidance for the first steps only (Step AG).
 
     ``schedule``: ``constant``; ``linear`` and ``cosine`` rise from 1 with the mean w, ``1 + (w - 1) f`` with f = 2 i /
     (N - 1) and ``1 - cos(pi i / (N - 1))``; ``cogvideox`` is that pipeline's dynamic scale for parity,
     ``1 + w (1 - cos(pi ((N - t) / N)^5)) / 2`` with the training index t, where N counts steps.
 
-    ValueError for a scale below 0 and for steps that are not known in advance where start, stop or schedule count them.
+    ValueError for a scale below 0 and for steps that are not known in advance where start, stop or schedule count
+    them.
     """
 
     scale: float | None = None

@@ -309,7 +309,10 @@ _REMEDIES = {
         "differentiates through the network",
         "run it in a host that allows it, outside torch.inference_mode",
     ),
-    "needs_autograd": ("takes gradients", "run it outside torch.inference_mode, for instance under torch.no_grad"),
+    "needs_autograd": (
+        "takes gradients",
+        "run it outside torch.inference_mode, for instance under torch.no_grad",
+    ),
     "needs_evaluate": ("makes evaluations of its own", "use fs.sample"),
     "needs_memoryless": (
         "changes the state between steps",
@@ -326,7 +329,7 @@ def _check(guidance: Guidance, run: Run) -> None:
         "needs_gradients": run.gradients and not torch.is_inference_mode_enabled(),
         "needs_autograd": not torch.is_inference_mode_enabled(),
         "needs_evaluate": run.moves,
-        "needs_memoryless": run.history == 0 and run.stages == 1 and run.startup == 0 and run.moves,
+        "needs_memoryless": run.memoryless,
     }
     scaled = guidance.guides or any(m.weight is not None for m in guidance.methods)
     for m in guidance.methods:

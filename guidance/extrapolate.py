@@ -40,28 +40,28 @@ class Extrapolate(Method):
     """Extrapolation of predictions at run time: on some steps earlier ones are continued and no network runs.
 
     What is continued is ``e = x_0 - x / alpha = -k eps`` (``variable=epsilon``, k = sigma / alpha) or x_0 itself
-    (``denoised``), by the polynomial through the newest N real values: ``2 e_0 - e_1``, ``3 e_0 - 3 e_1 + e_2``, ``4 e_0 -
-    6 e_1 + 4 e_2 - e_3``; with ``sigma_aware`` it is one in k and not in the number of the step. All stages of a skipped
-    step use the same value.
+    (``denoised``), by the polynomial through the newest N real values: ``2 e_0 - e_1``, ``3 e_0 - 3 e_1 + e_2``, ``4
+    e_0 - 6 e_1 + 4 e_2 - e_3``; with ``sigma_aware`` it is one in k and not in the number of the step. All stages of
+    a skipped step use the same value.
 
-    ``pattern``: ``hN/sK`` skips one step after every K (N = 2, 3, 4; N <= K <= 6; ``hN`` alone is ``hN/sN``); ``adaptive``
-    skips where the states after a step with h3 and with h2 differ by at most ``tolerance`` of the state (rms), at most
-    ``max_skips`` in a row, and never in steps that are a multiple of ``anchor`` after the protected ones; the step is
-    ``gate=euler`` or ``adams``, Adams-Bashforth's of second order (FSampler's "dpmpp_2m"). The first ``protect_first`` and
-    last ``protect_last`` steps are never skipped. ``indices`` names the steps instead: not the first two, and after a
-    run of skips two real steps come first; an hN with less history is then h2. ``branch=unconditional`` continues u alone,
-    in guided steps: a skip saves one of two evaluations.
+    ``pattern``: ``hN/sK`` skips one step after every K (N = 2, 3, 4; N <= K <= 6; ``hN`` alone is ``hN/sN``);
+    ``adaptive`` skips where the states after a step with h3 and with h2 differ by at most ``tolerance`` of the state
+    (rms), at most ``max_skips`` in a row, and never in steps that are a multiple of ``anchor`` after the protected
+    ones; the step is ``gate=euler`` or ``adams``, Adams-Bashforth's of second order (FSampler's "dpmpp_2m"). The
+    first ``protect_first`` and last ``protect_last`` steps are never skipped. ``indices`` names the steps instead:
+    not the first two, and after a run of skips two real steps come first; an hN with less history is then h2.
+    ``branch=unconditional`` continues u alone, in guided steps: a skip saves one of two evaluations.
 
-    ``learning`` divides by L, a running mean (share ``smoothing`` of the old) of |continuation| / |newest value|, kept in
-    [0.5, 2], from three values on; the continuation is of the next value, so L is about the drift of the norm, and with
-    ``sigma_aware`` it stays 1. ``gradient`` adds the difference of the slopes ``-e / k`` to the last real one, of at most a
-    quarter of the slope. ``validate`` calls the network after all where the continuation is not finite or its norm
-    below 1e-8 or 1e-6 of the last. ``norms=sample`` takes norms of each sample, and skips only if all agree; ``batch``
-    takes them of the whole batch (FSampler), so that samples depend on each other.
+    ``learning`` divides by L, a running mean (share ``smoothing`` of the old) of |continuation| / |newest value|,
+    kept in [0.5, 2], from three values on; the continuation is of the next value, so L is about the drift of the
+    norm, and with ``sigma_aware`` it stays 1. ``gradient`` adds the difference of the slopes ``-e / k`` to the last
+    real one, of at most a quarter of the slope. ``validate`` calls the network after all where the continuation is
+    not finite or its norm below 1e-8 or 1e-6 of the last. ``norms=sample`` takes norms of each sample, and skips only
+    if all agree; ``batch`` takes them of the whole batch (FSampler), so that samples depend on each other.
 
-    For the fixed patterns and what depends on no data there is the transform ``skip``, a linear program: the same numbers.
-    The host waits for the device once where a skip is to be validated or gated. At equally many calls fewer steps of the
-    same solver are mostly better: compare before use.
+    For the fixed patterns and what depends on no data there is the transform ``skip``, a linear program: the same
+    numbers. The host waits for the device once where a skip is to be validated or gated. At equally many calls fewer
+    steps of the same solver are mostly better: compare before use.
     """
 
     pattern: str = "h2/s2"

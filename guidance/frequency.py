@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class FDG(Method):
     """Frequency-decoupled guidance: a scale for each level of a Laplacian pyramid, ``u_l + w_l (c_l - u_l)``.
 
-    Level l is ``G_l - up(G_{l+1})``, the last one G itself, with ``G_{l+1} = down(G_l)``; down blurs by (1 4 6 4 1) / 16
-    and averages 2 x 2, up is bilinear and blurs. ``scales`` are from fine to coarse, two or more: 10 and 5 for SDXL; half
-    the usual w for the coarse one. ``parallel`` (a number for each level, or none) is the share that is kept of the part
-    of ``c_l - u_l`` along c_l. ``space``: equal scales without ``parallel`` are CFG in any.
+    Level l is ``G_l - up(G_{l+1})``, the last one G itself, with ``G_{l+1} = down(G_l)``; down blurs by (1 4 6 4 1) /
+    16 and averages 2 x 2, up is bilinear and blurs. ``scales`` are from fine to coarse, two or more: 10 and 5 for
+    SDXL; half the usual w for the coarse one. ``parallel`` (a number for each level, or none) is the share that is
+    kept of the part of ``c_l - u_l`` along c_l. ``space``: equal scales without ``parallel`` are CFG in any.
 
     For latents of shape (B, C, H, W) and (B, C, T, H, W), padded to a multiple of 2^(L-1) by reflection and cut back.
     ValueError for others, before the network runs.
@@ -45,7 +45,9 @@ class FDG(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.scales) < 2 or min(self.scales) < 0:
-            raise ValueError(f"option 'scales' of guidance 'fdg' must be two or more numbers >= 0, got {self.scales}")
+            raise ValueError(
+                f"option 'scales' of guidance 'fdg' must be two or more numbers >= 0, got {self.scales}"
+            )
         if self.parallel and len(self.parallel) != len(self.scales):
             raise ValueError(
                 f"option 'parallel' of guidance 'fdg' must have one number for each of {len(self.scales)} scales, "

@@ -74,7 +74,7 @@ class GuidedDenoiser:
             return denoiser.without_condition(x, node)
         if isinstance(branch, str):
             assert self.session is not None
-            branch = self.session.network(branch) or denoiser.branches[branch]
+            return denoiser.run(self.session.network(branch) or denoiser.branches[branch], x, node)
         return denoiser.run(branch, x, node)
 
 

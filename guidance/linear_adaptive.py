@@ -52,7 +52,9 @@ class LinearCoefficients:
                 raise ValueError("another format")
             for key in ("conditional", "unconditional"):
                 data[key] = tuple(map(tuple, data[key]))
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            for key in ("intercept", "times"):
+                data[key] = tuple(data[key])
+            return cls(**data)
         except OSError as error:
             raise ValueError(
                 f"cannot read LinearAG coefficients from {str(path)!r}: {error.strerror}"
@@ -92,13 +94,11 @@ def fit_linear(
 ) -> LinearCoefficients:
     """Least squares over recorded trajectories, for each step by itself, in float64.
 
-    Args:
-        conditional, unconditional: the predictions of M trajectories under full guidance, (M, T, ...).
-        intercept: also fit a constant.
-        ridge: weight of the squared coefficients, relative to the mean square of the regressors; 1e-6 helps where late
-            predictions are nearly the same.
-        evaluate: if given, the steps whose u will be run: the others are replaced by what was fitted for them, as in use.
-        meant_for: prediction, solver, guidance, times and model, kept with the result.
+    Args: conditional, unconditional: the predictions of M trajectories under full guidance, (M, T, ...). intercept:
+    also fit a constant. ridge: weight of the squared coefficients, relative to the mean square of the regressors;
+    1e-6 helps where late predictions are nearly the same. evaluate: if given, the steps whose u will be run: the
+    others are replaced by what was fitted for them, as in use. meant_for: prediction, solver, guidance, times and
+    model, kept with the result.
     """
     if conditional.shape != unconditional.shape or conditional.ndim < 2:
         raise ValueError(

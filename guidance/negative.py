@@ -27,10 +27,10 @@ Space = Literal["denoised", "network", "epsilon", "v", "flow"]
 class PerpNeg(Method):
     """Perpendicular negative prompt: only the part of it that does not oppose the positive one is used.
 
-    With c, u and n the predictions for the prompt, for no prompt and for the negative one, ``P = c - u``, ``N = n - u``:
-    ``u + w (P - strength (N - <N, P> / |P|^2 P))``. Three evaluations a step. ``scale`` is w; left out, another method
-    gives it. ``strength`` weighs the negative prompt. ``stats=sample`` takes scalar products of each sample, ``batch`` of
-    the whole batch (ComfyUI). ``space`` is where they are taken.
+    With c, u and n the predictions for the prompt, for no prompt and for the negative one, ``P = c - u``, ``N = n -
+    u``: ``u + w (P - strength (N - <N, P> / |P|^2 P))``. Three evaluations a step. ``scale`` is w; left out, another
+    method gives it. ``strength`` weighs the negative prompt. ``stats=sample`` takes scalar products of each sample,
+    ``batch`` of the whole batch (ComfyUI). ``space`` is where they are taken.
 
     ``negative`` is the network with the negative prompt, ``negative(x, t)``, or a branch ``perp_neg`` of the denoiser;
     the unconditional network must be that without any prompt.
@@ -85,8 +85,8 @@ class PerpNeg(Method):
 class MaHiRo(Method):
     """MaHiRo: less of the guided and more of the scaled conditional prediction where the two point away from u.
 
-    With ``leap = w c``, ``m = (leap + g) / 2``, ``q(z) = sign(z) sqrt|z|`` and ``k = 2 (cos + 1)``, cos the mean over all
-    positions of the cosine along dimension 1 between q(w u) and q(m): ``(k g + (4 - k) leap) / 4``.
+    With ``leap = w c``, ``m = (leap + g) / 2``, ``q(z) = sign(z) sqrt|z|`` and ``k = 2 (cos + 1)``, cos the mean over
+    all positions of the cosine along dimension 1 between q(w u) and q(m): ``(k g + (4 - k) leap) / 4``.
 
     ``stats``: that mean for each ``sample``, or over the ``batch`` (ComfyUI). ``space`` is where it is computed.
     """

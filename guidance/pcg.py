@@ -35,8 +35,8 @@ class PCG(Method):
     of small steps ``gamma = 2 w - 1`` with K = 1 is DDPM under CFG at w, and K -> infinity samples the density
     ``p_u^(1 - gamma) p_c^gamma`` of every level. Methods that shape the guided prediction act in the corrector only.
 
-    ``gamma`` has the place of the scale. ``rule`` for delta, with abar = alpha^2 / (alpha^2 + sigma^2) at start and end
-    of the step: ``ddpm`` is ``1 - abar_s / abar_t``, ``log`` is ``ln(abar_t / abar_s)``, the integral of beta;
+    ``gamma`` has the place of the scale. ``rule`` for delta, with abar = alpha^2 / (alpha^2 + sigma^2) at start and
+    end of the step: ``ddpm`` is ``1 - abar_s / abar_t``, ``log`` is ``ln(abar_t / abar_s)``, the integral of beta;
     ``factor`` multiplies it. ``limit`` caps it at ``limit sigma_t^2`` of that frame (0: no cap); steps above ``4
     sigma^2`` diverge.
 

@@ -23,9 +23,9 @@ class Rescale(Method):
     """Guidance rescale, ``phi g std(c) / std(g) + (1 - phi) g``: the contrast of the conditional prediction.
 
     The standard deviation of each sample has n - 1 in its denominator. ``phi`` is 0.5 to 0.75 in practice; 0 changes
-    nothing. ``space``: ``network`` is that of the network (diffusers); ``v`` is the velocity of the variance preserving
-    state, as ComfyUI's node has it for every network (the same for v networks only); or another form of the
-    prediction. A prediction of zeros stays zero.
+    nothing. ``space``: ``network`` is that of the network (diffusers); ``v`` is the velocity of the variance
+    preserving state, as ComfyUI's node has it for every network (the same for v networks only); or another form of
+    the prediction. A prediction of zeros stays zero.
     """
 
     phi: Fraction = 0.7

@@ -36,13 +36,13 @@ class Evaluate(Protocol):
 class Run:
     """A run, as far as it is known before it starts.
 
-    ``nodes`` are those of the evaluations in order (empty where the host chooses them on the way), ``end`` is where the
-    run ends. ``startup`` evaluations, then ``stages`` a step. ``history`` is the number of tensors that the solver
-    keeps from step to step, ``deterministic`` is false where it draws noise, ``first_order`` is true for the plain
-    first-order step (DDIM, Euler). ``branches`` are the predictions that the host can give, ``condition`` whether it
-    passes the condition through :meth:`Session.condition`, ``gradients`` whether autograd reaches the state through the
-    network, ``moves`` whether the host evaluates and changes the state between steps. ``noise`` is where methods draw
-    theirs. ``solver`` and ``model`` are names, compared with those in a file of fitted numbers.
+    ``nodes`` are those of the evaluations in order (empty where the host chooses them on the way), ``end`` is where
+    the run ends. ``startup`` evaluations, then ``stages`` a step. ``history`` is the number of tensors that the
+    solver keeps from step to step, ``deterministic`` is false where it draws noise, ``first_order`` is true for the
+    plain first-order step (DDIM, Euler). ``branches`` are the predictions that the host can give, ``condition``
+    whether it passes the condition through :meth:`Session.condition`, ``gradients`` whether autograd reaches the
+    state through the network, ``moves`` whether the host evaluates and changes the state between steps. ``noise`` is
+    where methods draw theirs. ``solver`` and ``model`` are names, compared with those in a file of fitted numbers.
     """
 
     noise_schedule: NoiseSchedule
@@ -75,6 +75,11 @@ class Run:
     def steps(self) -> int:
         """Number of steps, 0 if unknown."""
         return self.locate(len(self.nodes) - 1)[0] + 1 if self.nodes else 0
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether nothing but the state is kept from step to step, and the host can change it."""
+        return self.moves and not self.history and not self.startup and self.stages == 1
 
     def after(self, index: int) -> Node:
         """Where the step that an evaluation belongs to ends: the node of the next step's first evaluation."""
@@ -115,7 +120,8 @@ class Call:
     ``scale`` is w now, ``guided`` whether the unconditional prediction is asked for, and of which ``rows`` (all if
     None). ``answer`` is a prediction in the place of an evaluation. ``corrector`` counts the evaluations between two
     steps from 0 and is None in a step's own. ``supplied`` says that a method gives the unconditional prediction,
-    ``gradient`` that one differentiates through the networks to ``x``, ``noised`` that the condition is not the true one.
+    ``gradient`` that one differentiates through the networks to ``x``, ``noised`` that the condition is not the true
+    one.
     """
 
     x: torch.Tensor

@@ -20,6 +20,7 @@ class WeakBranch(Method):
     """What the methods have in common: a branch of their own, added as ``strength (c - weak)`` in a window of steps."""
 
     needs_steps = True
+    weak: Network | None
 
     @property
     def strength(self) -> float:
@@ -31,7 +32,7 @@ class WeakBranch(Method):
         return True
 
     def networks(self) -> Mapping[str, Any]:
-        return {self.name: getattr(self, "weak")}
+        return {self.name: self.weak}
 
     def begin(self, run: Run) -> dict[str, bool]:
         return {}
@@ -123,9 +124,9 @@ class SEG(_Disturbed):
     """Smoothed energy guidance, ``g + scale (c - c_weak)``: c_weak with blurred queries in self-attention.
 
     ``blur`` is the deviation of the Gaussian, in tokens of the 2-d grid; infinite, every query is the mean
-    (:func:`smooth_queries`). The branch runs in steps i of N with ``int(start N) <= i < int(stop N)``. ``weak`` is the
-    disturbed network, ``weak(x, t)``; a host that disturbs the network itself does so in ``layers`` (the middle ones if
-    empty).
+    (:func:`smooth_queries`). The branch runs in steps i of N with ``int(start N) <= i < int(stop N)``. ``weak`` is
+    the disturbed network, ``weak(x, t)``; a host that disturbs the network itself does so in ``layers`` (the middle
+    ones if empty).
     """
 
     blur: Annotated[float, Range(0.0, above=True)] = math.inf
@@ -144,8 +145,8 @@ class _Window(_Disturbed):
 class SLG(_Window):
     """Skip-layer guidance, ``g + scale (c - c_weak)``: c_weak without some blocks of the transformer.
 
-    ``scale`` is 2.8 and ``layers`` 7, 8, 9 for SD 3.5 medium. The branch runs in steps i of N with ``int(start N) < i <
-    int(stop N)``, both ends left out. ``weak`` is the network without the blocks, ``weak(x, t)``.
+    ``scale`` is 2.8 and ``layers`` 7, 8, 9 for SD 3.5 medium. The branch runs in steps i of N with ``int(start N) < i
+    < int(stop N)``, both ends left out. ``weak`` is the network without the blocks, ``weak(x, t)``.
     """
 
     scale: float = 2.8
@@ -164,8 +165,8 @@ class SLG(_Window):
 class STG(_Disturbed):
     """Spatiotemporal skip guidance for video, ``g + scale (c - c_weak)``: c_weak with layers or attention skipped.
 
-    ``scale`` is about 1. The branch runs in steps i of N with ``int(start N) <= i < int(stop N)``. ``weak`` is the network
-    that skips, ``weak(x, t)``; a host that disturbs the network itself skips the blocks ``layers``.
+    ``scale`` is about 1. The branch runs in steps i of N with ``int(start N) <= i < int(stop N)``. ``weak`` is the
+    network that skips, ``weak(x, t)``; a host that disturbs the network itself skips the blocks ``layers``.
     """
 
     scale: float = 1.0

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 class CFGZeroStar(Method):
     """CFG-Zero*: ``s u + w (c - s u)`` with ``s = <c, u> / |u|^2`` of each sample; zero velocity in the first steps.
 
-    ``scale`` is w; left out, another method gives it. ``zero_steps`` is how many steps move the state nowhere: a velocity
-    of 0, or no noise predicted where the network predicts noise or data (x_0 = x / alpha). They cost no evaluation, but
-    an interval of the schedule. -1 is 4% of the steps, rounded down; diffusers has 1. ``space``: that of the network;
-    ``epsilon`` is ComfyUI's.
+    ``scale`` is w; left out, another method gives it. ``zero_steps`` is how many steps move the state nowhere: a
+    velocity of 0, or no noise predicted where the network predicts noise or data (x_0 = x / alpha). They cost no
+    evaluation, but an interval of the schedule. -1 is 4% of the steps, rounded down; diffusers has 1. ``form=comfy``
+    is ComfyUI's node: s of the predictions of noise, multiplied to those of data.
     """
 
     scale: float | None = None
     _: KW_ONLY
     zero_steps: Annotated[int, Range(-1)] = -1
-    space: Literal["network", "denoised", "epsilon", "v", "flow"] = "network"
+    form: Literal["paper", "comfy"] = "paper"
 
     needs_scale = True
 
@@ -56,5 +56,11 @@ class CFGZeroStar(Method):
             call.answer = zero
 
     def unconditional(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: None) -> torch.Tensor:
-        a, b = call.to(c, self.space), call.to(u, self.space)
-        return call.back(inner(a, b) / (inner(b, b) + 1e-8) * b, self.space)
+        if self.form == "paper":
+            return self.factor(c, u) * u
+        s = self.factor(call.to(c, "epsilon"), call.to(u, "epsilon"))
+        return call.back(s * call.to(u, "denoised"), "denoised")
+
+    def factor(self, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """s of each sample."""
+        return inner(c, u) / (inner(u, u) + 1e-8)

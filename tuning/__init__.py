@@ -2,6 +2,7 @@
 
 from .fit import Family, error, gauss_newton, ridge
 from .recipe import Recipe, load, schedule_digest
+from .spectrum import from_spectrum, spectrum_error
 from .table import Table, table_of
 from .teacher import Source, Trajectories, solve
 from .tune import Outcome, tune
@@ -14,11 +15,13 @@ __all__ = [
     "Table",
     "Trajectories",
     "error",
+    "from_spectrum",
     "gauss_newton",
     "load",
     "ridge",
     "schedule_digest",
     "solve",
+    "spectrum_error",
     "table_of",
     "tune",
 ]

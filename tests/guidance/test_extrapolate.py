@@ -71,7 +71,7 @@ def test_golden(golden, name):
         level[0] = node.sigma
         return run(network, x, node, condition)
 
-    denoiser.run = exact  # type: ignore[method-assign]
+    denoiser.run = exact
     sampler = case.meta["sampler"]
     solver = sampler if sampler in ("euler", "ddim") else fsampler(sampler, "")
     x = torch.from_numpy(case["x_init"])
@@ -125,11 +125,11 @@ def test_records_say_what_was_skipped():
         predictor_run[:] = self.trace
         return out
 
-    fs.guidance.Session.finish = spy  # type: ignore[method-assign]
+    fs.guidance.Session.finish = spy
     try:
         fs.sample(denoiser, X, "ddim", steps=10, guidance=CFG(3.0) + Extrapolate("h2", indices=(3, 4, 7)))
     finally:
-        fs.guidance.Session.finish = original  # type: ignore[method-assign]
+        fs.guidance.Session.finish = original
     assert [r.step for r in predictor_run if r.skipped] == [3, 4, 7]
     assert denoiser.nfe == sum(sum(r.rows.values()) for r in predictor_run) == 3 * 2 * 7
 

@@ -119,7 +119,7 @@ def affine_variance(gamma: float, k: int, n: int, top: float = 400.0) -> float:
     grid = TimeGrid.from_levels(EDM(1e-9, 100.0), np.sqrt(sigma2))
     pcg = PCG(gamma, steps=k, rule="log", limit=0.0)
     variance = 1.0 + top
-    for i, (s, t) in enumerate(grid.intervals()):
+    for s, t in grid.intervals():
         variance *= (1.0 + (t.sigma / s.sigma - 1.0) * s.sigma**2 / (1.0 + s.sigma**2)) ** 2
         if t.sigma > 0.0:
             # the move, by its own step size, in the frame of the state
@@ -154,7 +154,7 @@ def test_equivalence_with_ddpm_under_cfg_halves_with_the_step():
         run = run_of(program.evaluations, "epsilon", end=grid[-1], noise=lambda like, *key: next(used))
         session = guidance.session(run)
         evaluate = lambda name, x, node, rows=None: networks[name](x, node)  # noqa: E731
-        stepper = fs.Stepper(program, start, lambda like, s, t: next(used))
+        stepper = fs.Stepper(program, start, lambda like, start, stop: next(used))
         while not stepper.done:
             if session.moves:
                 stepper.x = session.move(stepper.x, stepper.node, evaluate)
