@@ -66,7 +66,9 @@ def _declaration(chosen: Solver) -> dict[str, Any]:
         "name": d.name,
         "family": d.family,
         "summary": d.summary,
-        "documentation": "\n\n".join([d.documentation, *(t.declaration.documentation for t in chosen.transforms)]),
+        "documentation": "\n\n".join(
+            [d.documentation, *(t.declaration.documentation for t in chosen.transforms)]
+        ),
         "reference": d.reference,
         "aliases": dict(d.aliases),
         "options": [
@@ -208,7 +210,9 @@ def render(facts: Mapping[str, Any], width: int = 100, full: bool = False) -> li
     ]
     area = facts["stability"]
     parts += [
-        heading(f"Stability region  step h = {area['step']:g} in lambda; {area['words']}, area {area['area']:.2f}"),
+        heading(
+            f"Stability region  step h = {area['step']:g} in lambda; {area['words']}, area {area['area']:.2f}"
+        ),
         Text(area["picture"]),
     ]
     if plain := area["plain"]:

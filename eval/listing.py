@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .. import guidance as guidance_module
+from ..guidance import methods, options_of, summary_of
 from ..samplers import solvers as solver_registry
 from ..samplers import transforms as transform_registry
 from ..schedules import schedules as schedule_registry
@@ -96,16 +96,19 @@ def metrics() -> Rows:
 
 
 def guidance() -> Rows:
-    """Guidance methods: what can stand as ``guidance`` of :func:`fewstep.sample`."""
-    rows = []
-    for name in guidance_module.__all__:
-        value = getattr(guidance_module, name)
-        if inspect.isclass(value) and hasattr(value, "bind"):
-            doc = inspect.getdoc(value) or ""
-            rows.append(
-                {"name": name.lower(), "class": name, "summary": doc.partition("\n")[0], "documentation": doc}
-            )
-    return rows
+    """Guidance methods: what can stand as ``guidance`` of :func:`fewstep.sample`, in the order in which they act."""
+    return [
+        {
+            "name": name,
+            "class": m.__name__,
+            "experimental": m.experimental,
+            "options": [f"{o.name}={_text(o.default)}" for o in options_of(m).values()],
+            "summary": summary_of(m),
+            "reference": m.reference,
+            "documentation": inspect.getdoc(m) or "",
+        }
+        for name, m in sorted(methods().items(), key=lambda item: item[1].rank)
+    ]
 
 
 LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
@@ -135,7 +138,10 @@ LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "metrics": (metrics, (("name", "metric"), ("unit", "unit"), ("better", "better"), ("summary", ""))),
-    "guidance": (guidance, (("name", "guidance"), ("summary", ""))),
+    "guidance": (
+        guidance,
+        (("name", "guidance"), ("experimental", "experimental"), ("summary", ""), ("options", "options")),
+    ),
 }
 """Name of a list -> its rows and the columns of its table."""
 

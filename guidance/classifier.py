@@ -30,7 +30,7 @@ def times(call: Call) -> torch.Tensor:
 )
 @dataclass(frozen=True)
 class ClassifierGuidance(Method):
-    """Classifier guidance, ``score + scale grad_x log p(y | x_t)``: ``eps - sigma scale grad``, in any form of prediction.
+    """Classifier guidance, ``eps - sigma scale grad_x log p(y | x_t)``: that gradient times scale in the score.
 
     ``log_prob(x, t) -> (B,)`` is log p of the wanted classes at noisy states; the classifier must know noise.
     ``scale`` is the inverse of a temperature. No evaluation of the network is added; the classifier runs forward and

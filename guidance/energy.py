@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @method(
     "energy",
     rank=77,
-    reference="Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement Learning, "
-    "https://arxiv.org/abs/2304.12824",
+    reference="Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement "
+    "Learning, https://arxiv.org/abs/2304.12824",
 )
 @dataclass(frozen=True)
 class EnergyGuidance(Method):

@@ -176,8 +176,8 @@ class PiGDM(_Inverse):
         super().check(run, guidance)
         if self.rule == "paper" and not run.memoryless:
             raise ValueError(
-                "guidance 'pigdm' with rule=paper changes the state between steps; use rule=tweedie, or a solver that keeps "
-                "nothing else, such as ddim"
+                "guidance 'pigdm' with rule=paper changes the state between steps; use rule=tweedie, or a solver that "
+                "keeps nothing else, such as ddim"
             )
 
     def pull(

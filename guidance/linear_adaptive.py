@@ -74,8 +74,8 @@ class LinearCoefficients:
         times = tuple(node.t for node in run.nodes)
         if len(self.conditional) != len(times):
             raise ValueError(
-                f"LinearAG coefficients were fitted for {len(self.conditional)} evaluations, this run has {len(times)}; "
-                "fit them again"
+                f"LinearAG coefficients were fitted for {len(self.conditional)} evaluations, this run has "
+                f"{len(times)}; fit them again"
             )
         if self.times and any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for a, b in zip(self.times, times)):
             raise ValueError(

@@ -67,8 +67,8 @@ class PCG(Method):
     def check(self, run: Run, guidance: Guidance) -> None:
         if guidance.has("cfgpp", "extrapolate"):
             raise ValueError(
-                "guidance 'pcg' makes its steps without guidance and then corrects them: 'cfgpp' and 'extrapolate', which "
-                "belong to guided steps, cannot join it"
+                "guidance 'pcg' makes its steps without guidance and then corrects them: 'cfgpp' and 'extrapolate', "
+                "which belong to guided steps, cannot join it"
             )
 
     def plan(self, call: Call, state: None) -> None:

@@ -102,7 +102,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """What one evaluation did: ``scale`` w in use (1: unguided), rows run by branch, the cosine of adaptive guidance."""
+    """What one evaluation did: the scale w in use (1: unguided), rows run by branch, adaptive guidance's cosine."""
 
     step: int
     stage: int

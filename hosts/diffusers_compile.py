@@ -34,7 +34,9 @@ def _step(
 
 
 # The namespace is the package's, which may be imported under two names; a CUDA graph would not come back to Python.
-_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 _operator = torch.library.custom_op(f"{__name__.replace('.', '_')}::step", _step, mutates_args=(), **_TAGS)
 
 

@@ -69,10 +69,9 @@ class History(Sequence):
     def __init__(self, stepper: Stepper | None) -> None:
         self._registers = {} if stepper is None else stepper._registers
         # Before the first evaluation the only register is a place for the state.
-        begun = stepper is not None and stepper.evaluations
-        self._kept = (
-            [r for r in sorted(self._registers) if self._registers[r] is not stepper.x] if begun else []
-        )
+        self._kept: list[int] = []
+        if stepper is not None and stepper.evaluations:
+            self._kept = [r for r in sorted(self._registers) if self._registers[r] is not stepper.x]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -208,8 +207,9 @@ class PerThread:
         kept = self.model_outputs
         if kept and len(kept) != len(value):
             raise ValueError(f"the solver keeps {len(kept)} tensors, got {len(value)}")
-        for i in range(len(kept)):
-            kept[i] = value[i]
+        for i, tensor in enumerate(value[: len(kept)]):
+            if tensor is not None:
+                kept[i] = tensor
 
     @property
     def last_sample(self) -> None:

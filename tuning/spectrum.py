@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..samplers import Solver
 from ..schedules import NoiseSchedule, TimeGrid, make_grid
 from .table import Table, angle, levels_at, table_of, unit
 
 
-def gains(table: Table, grid: TimeGrid, eigenvalues: Sequence[float]) -> np.ndarray:
+def gains(table: Table, grid: TimeGrid, eigenvalues: ArrayLike) -> np.ndarray:
     """What a run multiplies the start state x by along every eigenvector of the data's covariance."""
     variance = np.asarray(eigenvalues, dtype=np.float64)
     z, history = np.ones_like(variance) / unit(grid[0]), []
@@ -22,7 +22,7 @@ def gains(table: Table, grid: TimeGrid, eigenvalues: Sequence[float]) -> np.ndar
     return z * unit(grid[-1])
 
 
-def spectrum_error(table: Table, grid: TimeGrid, eigenvalues: Sequence[float]) -> float:
+def spectrum_error(table: Table, grid: TimeGrid, eigenvalues: ArrayLike) -> float:
     """RMS error of the result against the exact one, started from noise of size sigma.
 
     The exact factor is ``sqrt((alpha_t^2 l + sigma_t^2) / (alpha_T^2 l + sigma_T^2))`` for the eigenvalue l.
@@ -36,7 +36,7 @@ def spectrum_error(table: Table, grid: TimeGrid, eigenvalues: Sequence[float]) -
 def from_spectrum(
     noise_schedule: NoiseSchedule,
     steps: int,
-    eigenvalues: Sequence[float],
+    eigenvalues: ArrayLike,
     *,
     solver: str | Solver = "dpmpp_2m",
     sweeps: int = 60,

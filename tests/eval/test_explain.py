@@ -121,10 +121,15 @@ def test_pictures() -> None:
         picture(facts, ".pdf")
 
 
-@pytest.mark.parametrize("spec", ["ipndm:order=3+heavy_ball:beta=0.6", "dpmpp_2m+heavy_ball", "ghvb:order=2.5"])
+@pytest.mark.parametrize(
+    "spec", ["ipndm:order=3+heavy_ball:beta=0.6", "dpmpp_2m+heavy_ball", "ghvb:order=2.5"]
+)
 def test_momentum_is_shown_beside_the_plain_method_and_is_wider(spec):
     facts = explain.explain(spec, steps=4)["stability"]
     assert facts["plain"]["solver"] in ("ipndm:order=3", "dpmpp_2m", "ghvb:order=3.0")
     assert facts["area"] > 1.05 * facts["plain"]["area"]
-    assert facts["real_from"] < stability.region(facts["plain"]["solver"], size=(213, 200)).real_interval[0] - 0.2
+    assert (
+        facts["real_from"]
+        < stability.region(facts["plain"]["solver"], size=(213, 200)).real_interval[0] - 0.2
+    )
     assert explain.explain("dpmpp_2m", steps=4)["stability"]["plain"] is None

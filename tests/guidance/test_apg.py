@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,13 +62,15 @@ def test_mix_golden(golden):
 def test_reduces_to_cfg():
     c, u = noise(4, 2, 3, 5), noise(4, 2, 3, 5, seed=1)
     plain, _ = drive(CFG(6.0), c, u)
-    for form, w in (("paper", 6.0), ("diffusers", 6.0), ("comfy", 5.0)):
+    forms: list[tuple[Any, float]] = [("paper", 6.0), ("diffusers", 6.0), ("comfy", 5.0)]
+    for form, w in forms:
         out, _ = drive(APG(w, eta=1.0, norm=0.0, momentum=0.0, form=form), c, u)
         torch.testing.assert_close(out, plain)
 
 
 def shaped(guidance: APG, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     out = drive(guidance, c, u)[0][-1]
+    assert guidance.scale is not None
     return (out - c[-1]) / (guidance.scale - 1.0)
 
 

@@ -65,6 +65,7 @@ def test_same_seed_same_run_and_each_sample_for_itself():
     assert not torch.equal(first, fs.sample(conditional(), x, "ddim", seed=4, **kwargs))
     assert not torch.equal(first, fs.sample(conditional(), x, "ddim", seed=3, steps=8, guidance=3.0))
     one = conditional()
+    assert one.condition is not None
     one.condition = one.condition[1:]
     torch.testing.assert_close(fs.sample(one, x[1:], "ddim", seed=[4], **kwargs), first[1:])
 
@@ -88,6 +89,7 @@ def test_one_noise_a_step_and_the_unconditional_branch_sees_none():
     base.fn = spy
     cads = CADS(0.5, mix=0.0)
     fs.sample(base, 10 * noise(2, 4), "heun", sigmas=[10.0, 5.0, 1.0], guidance=CFG(3.0) + cads)
+    assert base.condition is not None
     y, gamma = base.condition, cads.gamma(5.0 / 6.0)
     drawn = seen[0] / 0.5  # nothing of the condition at k = 10
     torch.testing.assert_close(seen[1], gamma**0.5 * y + 0.5 * (1 - gamma) ** 0.5 * drawn)
@@ -98,8 +100,9 @@ def test_one_noise_a_step_and_the_unconditional_branch_sees_none():
 def test_index_time():
     cads = CADS(time="index", tau1=0.5, tau2=0.9)
     denoiser, seen = conditional(), []
-    network = denoiser.fn
-    denoiser.fn = lambda x, t, y: (seen.append(torch.equal(y, denoiser.condition)), network(x, t, y))[1]
+    network, clean = denoiser.fn, denoiser.condition
+    assert clean is not None
+    denoiser.fn = lambda x, t, y: (seen.append(torch.equal(y, clean)), network(x, t, y))[1]
     fs.sample(denoiser, noise(2, 4), "ddim", steps=8, guidance=cads)
     assert seen == [i >= 4 for i in range(8)]
 

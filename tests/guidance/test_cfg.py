@@ -117,6 +117,9 @@ def test_cogvideox_schedule():
     np.testing.assert_allclose([r.scale for r in session.trace], expected)
 
 
+PARTS = {"conditional": [1], "unconditional": [0, 1]}
+
+
 @pytest.mark.parametrize("kind", ["cond", "uncond", "cfg", "interval"])
 def test_mixture_trajectories_golden(golden, kind):
     g = golden.guidance("mixture_ddim")
@@ -155,7 +158,7 @@ def test_mixture_trajectories_golden(golden, kind):
     while not stepper.done:
         node = stepper.node
         call = session.begin(stepper.x, node)
-        both = {"conditional": eps(stepper.x, node, [1]), "unconditional": eps(stepper.x, node, [0, 1])}
+        both = {n: torch.as_tensor(eps(stepper.x, node, k)) for n, k in PARTS.items()}
         stepper.step(session.finish(call, {k: both[k] for k in call.branches}))
         path.append(stepper.x)
     np.testing.assert_allclose(torch.stack(path)[..., 0], g[f"x_{kind}"], atol=1e-8)

@@ -50,7 +50,7 @@ def _data_dependent(name: str) -> bool:
     return "adaptive_mode" in given or "skip_indices" in given or given.get("skip_mode") == "adaptive"
 
 
-CASES = [name for name in golden_files.load().names("fs")]
+CASES = golden_files.load().names("fs")
 CASES = [
     n for n in CASES if golden_files.load().case(n).meta["sampler"] in ("euler", "ddim") or _data_dependent(n)
 ]
@@ -170,6 +170,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"add fs\.CFG"):
         fs.sample(two_gaussians(), X, guidance=Extrapolate(branch="unconditional"))
     with pytest.raises(ValueError, match="keep one"):
-        Extrapolate(branch="unconditional") + AdaptiveGuidance()
+        _ = Extrapolate(branch="unconditional") + AdaptiveGuidance()
     with pytest.raises(ValueError, match="cannot join"):
         fs.sample(two_gaussians(), X, "ddim", guidance=PCG() + Extrapolate())

@@ -136,6 +136,6 @@ def test_refusals():
         with pytest.raises(ValueError, match=words):
             fs.sample(two_gaussians(), X, "dpmpp_2m", steps=6, guidance=guidance)
     with pytest.raises(ValueError, match="keep one"):
-        LinearAG() + AdaptiveGuidance()
+        _ = LinearAG() + AdaptiveGuidance()
     with pytest.raises(ValueError, match="nothing is recorded"):
         Recorder().fit()

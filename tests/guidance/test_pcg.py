@@ -20,7 +20,8 @@ def grid_of(acp) -> TimeGrid:
     nodes = [vp_node(a, t=float(len(acp) - i)) for i, a in enumerate(acp)]
     if acp[-1] == 1.0:
         nodes[-1] = nodes[-1]._replace(sigma=0.0)
-    return TimeGrid(*(np.array(v) for v in zip(*nodes)), VP.linear())
+    t, alpha, sigma = (np.array(v) for v in zip(*nodes))
+    return TimeGrid(t, alpha, sigma, VP.linear())
 
 
 def simulate(guidance, grid, x, networks, draws):
@@ -217,6 +218,6 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"such as ddim, euler"):
             fs.sample(two_gaussians(), x, solver, guidance=PCG())
     with pytest.raises(ValueError, match="keep one"):
-        PCG() + AdaptiveGuidance()
+        _ = PCG() + AdaptiveGuidance()
     with pytest.raises(ValueError, match="both give a scale"):
-        PCG() + CFG(3.0)
+        _ = PCG() + CFG(3.0)

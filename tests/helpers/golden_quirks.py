@@ -74,6 +74,15 @@ def fsampler(name: str, transform: str) -> Solver:
     cost = 2 if name == "heun" else 1
     one = lambda **_: 1  # noqa: E731
     declaration = Declaration(
-        f"fsampler_{name}", function, "golden", one, one, lambda **_: cost, lambda **_: 0, lambda **_: False, {}, ""
+        f"fsampler_{name}",
+        function,
+        "golden",
+        one,
+        one,
+        lambda **_: cost,
+        lambda **_: 0,
+        lambda **_: False,
+        {},
+        "",
     )
     return Solver(declaration, {}, fs.solver(f"euler{transform}").transforms)

@@ -40,7 +40,9 @@ class Run:
     also: tuple[Run, ...] = ()
     noise_by_step: bool = False
     noise_offset: int = 0
-    draws: tuple[float, ...] = ()  # sigma / alpha where each of the reference's draws begins, where some are not used
+    draws: tuple[
+        float, ...
+    ] = ()  # sigma / alpha where each of the reference's draws begins, where some are not used
 
 
 class DpmSolverTimes(NoiseSchedule):
@@ -285,7 +287,9 @@ def _restart(case: Case) -> Run:
     """Heun on Karras levels; one normal a main step, a step of a restart and a jump, used or not."""
     meta = case.meta
     grid = make_grid(
-        EDM(), meta["n"], f"karras:rho={meta['rho']},sigma_max={meta['sigma_max']},sigma_min={meta['sigma_min']}"
+        EDM(),
+        meta["n"],
+        f"karras:rho={meta['rho']},sigma_max={meta['sigma_max']},sigma_min={meta['sigma_min']}",
     )
     rows = list(meta["restart_info"].values())
     columns = {"steps": [n - 1 for n, *_ in rows], "repeats": [k for _, k, *_ in rows]}

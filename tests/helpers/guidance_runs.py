@@ -52,14 +52,20 @@ def drive(
     return results, session
 
 
+class Counted(fs.Denoiser):
+    """A denoiser whose ``calls`` lists (branch, rows)."""
+
+    calls: list[tuple[str, int]]
+
+
 def two_gaussians(
     schedule: NoiseSchedule | None = None,
     prediction: Any = "epsilon",
     conditional: tuple[float, float] = (1.0, 0.25),
     unconditional: tuple[float, float] = (0.0, 1.25),
     **kwargs: Any,
-) -> fs.Denoiser:
-    """Exact networks of N(mean, variance), with and without the condition; ``calls`` lists (branch, rows)."""
+) -> Counted:
+    """Exact networks of N(mean, variance), with and without the condition, whose mean it then is."""
     schedule = schedule or VP.linear()
     calls: list[tuple[str, int]] = []
 
@@ -80,14 +86,14 @@ def two_gaussians(
 
         return run
 
-    denoiser = fs.Denoiser(
+    denoiser = Counted(
         network("conditional", *conditional),
         schedule,
         prediction,
         unconditional=network("unconditional", *unconditional),
         **kwargs,
     )
-    denoiser.calls = calls  # type: ignore[attr-defined]
+    denoiser.calls = calls
     return denoiser
 
 

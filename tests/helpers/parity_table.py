@@ -39,7 +39,9 @@ def rows() -> list[tuple[str, str, str, float, float]]:
     merged = []
     for (source, stem, spec), cases in found.items():
         steps = [n for n, _, _ in cases if n]
-        files = f"{stem}_n{{{','.join(steps)}}}" if len(steps) > 1 else f"{stem}_n{steps[0]}" if steps else stem
+        files = (
+            f"{stem}_n{{{','.join(steps)}}}" if len(steps) > 1 else f"{stem}_n{steps[0]}" if steps else stem
+        )
         merged.append((source, files, spec, min(t for _, t, _ in cases), max(e for *_, e in cases)))
     return merged
 

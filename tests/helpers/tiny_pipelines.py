@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 diffusers: Any = importlib.import_module(
@@ -696,7 +697,12 @@ CASES: dict[str, Case] = {
 def _pipeline(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = CASES[name].build()
+        try:
+            pipe = CASES[name].build()
+        except AttributeError as error:
+            if "module diffusers has no attribute" not in str(error):
+                raise
+            pytest.skip(f"this version of diffusers has no {str(error).split()[-1]}")
     pipe.set_progress_bar_config(disable=True)
     pipe.native = pipe.scheduler
     for part in pipe.components.values():

@@ -42,5 +42,7 @@ def test_nothing_is_left_out_without_a_reason():
 @own
 def test_the_page_of_results_is_current():
     """docs/parity.md names every file with its tolerance; errors are rounding and differ between machines."""
-    without_error = [line.rsplit("|", 2)[0] for line in parity_table.PAGE.read_text(encoding="utf-8").splitlines()]
+    without_error = [
+        line.rsplit("|", 2)[0] for line in parity_table.PAGE.read_text(encoding="utf-8").splitlines()
+    ]
     assert without_error == [line.rsplit("|", 2)[0] for line in parity_table.page().splitlines()]

@@ -21,7 +21,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
     (site / "outside_solvers.py").write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
     info = site / "outside_solvers-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-solvers\nVersion: 1.0\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: outside-solvers\nVersion: 1.0\n", encoding="utf-8"
+    )
     (info / "entry_points.txt").write_text("[fewstep.solvers]\nmine = outside_solvers\n", encoding="utf-8")
     path = os.pathsep.join([str(site), *filter(None, sys.path)])
     return {**os.environ, "PYTHONPATH": path}
@@ -29,7 +31,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 def run(environment: dict[str, str], *command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300
+        [sys.executable, *command],
+        env=environment,
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -53,7 +60,16 @@ def test_the_scheduler_runs_it(environment):
 
 
 def test_the_generated_suite_covers_it(environment):
-    suite = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "samplers/test_every_solver.py", "-k", "two_stage")
+    suite = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "samplers/test_every_solver.py",
+        "-k",
+        "two_stage",
+    )
     output = run(environment, *suite)
     passed = int(output.split(" passed")[0].split()[-1])
     assert passed > 20
