@@ -36,10 +36,9 @@ class Guidance:
         object.__setattr__(self, "methods", ordered)
         owners: dict[str, Method] = {}
         for m in ordered:
-            slots = set(m.slots) | ({"the scale"} if m.weight is not None else set())
-            if not m.several:
-                slots.add(f"{m.name!r}")
-            for slot in slots:
+            once = [] if m.several else [f"{m.name!r}"]
+            scale = [] if m.weight is None else ["the scale"]
+            for slot in (*once, *scale, *sorted(m.slots)):
                 if slot in owners:
                     raise ValueError(_contradiction(slot, owners[slot], m))
                 owners[slot] = m
@@ -148,7 +147,8 @@ class Session:
     def __init__(self, guidance: Guidance, run: Run) -> None:
         self.guidance, self.run = guidance, run
         _check(guidance, run)
-        self._hooks = {hook: [m for m in guidance.methods if m.has(hook)] for hook in HOOKS}
+        numbered = list(enumerate(guidance.methods))
+        self._hooks = {hook: [(i, m) for i, m in numbered if m.has(hook)] for hook in HOOKS}
         self.plain = not any(
             self._hooks[h] for h in HOOKS if h not in ("plan", "condition", "observe", "move")
         )
@@ -176,8 +176,8 @@ class Session:
     def condition(self, y: torch.Tensor) -> torch.Tensor:
         """The condition that the conditional branch is to be given in the evaluation that is open."""
         assert self._call is not None
-        for m in self._hooks["condition"]:
-            y = m.condition(y, self._call, self._state(m))
+        for i, m in self._hooks["condition"]:
+            y = m.condition(y, self._call, self._states[i])
         return y
 
     def finish(self, call: Call, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -197,12 +197,9 @@ class Session:
         previous = max(i for i in range(self.index) if self.run.locate(i)[1] == 0)
         call.previous = self.run.nodes[previous]
         call.predict = lambda x, k: self._corrector(x, node, k, evaluate)
-        for m in self._hooks["move"]:
-            x = m.move(x, call, self._state(m))
+        for i, m in self._hooks["move"]:
+            x = m.move(x, call, self._states[i])
         return x
-
-    def _state(self, m: Method) -> Any:
-        return self._states[next(i for i, other in enumerate(self.guidance.methods) if other is m)]
 
     def _open(
         self, x: torch.Tensor, node: Node, evaluate: Evaluate | None, corrector: int | None = None
@@ -213,8 +210,8 @@ class Session:
         call.evaluate = None if evaluate is None else partial(self._counted, evaluate)
         call.corrector = corrector
         call.branches = {CONDITIONAL: None}
-        for m in self._hooks["plan"]:
-            m.plan(call, self._state(m))
+        for i, m in self._hooks["plan"]:
+            m.plan(call, self._states[i])
             if call.answer is not None:
                 call.branches = {}
                 return call
@@ -251,8 +248,8 @@ class Session:
             g = self._guide(call, work).to(next(iter(predictions.values())).dtype)
         if call.gradient:
             g = g.detach()
-        for m in self._hooks["observe"]:
-            m.observe(g, work, call, self._state(m))
+        for i, m in self._hooks["observe"]:
+            m.observe(g, work, call, self._states[i])
         scale = call.scale if call.guided else 1.0
         skipped = call.answer is not None
         self.trace.append(Record(call.step, call.stage, call.node.t, scale, rows, skipped, call.cosine))
@@ -263,8 +260,8 @@ class Session:
         return torch.lerp(p[UNCONDITIONAL], c, call.scale) if call.guided else c
 
     def _guide(self, call: Call, p: dict[str, torch.Tensor]) -> torch.Tensor:
-        for m in self._hooks["branches"]:
-            m.branches(p, call, self._state(m))
+        for i, m in self._hooks["branches"]:
+            m.branches(p, call, self._states[i])
         c, u, mask = p[CONDITIONAL], p.get(UNCONDITIONAL), None
         g = c
         if call.guided:
@@ -273,24 +270,24 @@ class Session:
                 u = c.index_put((call.rows,), u)
                 chosen = torch.zeros(c.shape[0], dtype=torch.bool, device=c.device)
                 mask = like(chosen.index_fill(0, call.rows, True), c)
-            for m in self._hooks["unconditional"]:
-                u = m.unconditional(c, u, call, self._state(m))
+            for i, m in self._hooks["unconditional"]:
+                u = m.unconditional(c, u, call, self._states[i])
             shaped = self._hooks["difference"]
             d = c - u if shaped or self._hooks["combine"] else c
-            for m in shaped:
-                d = m.difference(d, c, u, call, self._state(m))
-            combined = [m.combine(c, u, d, call, self._state(m)) for m in self._hooks["combine"]]
+            for i, m in shaped:
+                d = m.difference(d, c, u, call, self._states[i])
+            combined = [m.combine(c, u, d, call, self._states[i]) for i, m in self._hooks["combine"]]
             g = next((value for value in combined if value is not None), None)
             if g is None:
                 g = torch.add(c, d, alpha=call.scale - 1.0) if shaped else torch.lerp(u, c, call.scale)
             if mask is not None:
                 g = torch.where(mask, g, c)
-        for m in self._hooks["add"]:
-            g = m.add(g, c, p, call, self._state(m))
-        for m in self._hooks["correct"]:
+        for i, m in self._hooks["add"]:
+            g = m.add(g, c, p, call, self._states[i])
+        for i, m in self._hooks["correct"]:
             if m.needs_scale and not call.guided:
                 continue
-            corrected = m.correct(g, c, u, call, self._state(m))
+            corrected = m.correct(g, c, u, call, self._states[i])
             g = corrected if mask is None or not m.needs_scale else torch.where(mask, corrected, g)
         return g
 
@@ -324,8 +321,8 @@ _REMEDIES = {
 def _check(guidance: Guidance, run: Run) -> None:
     has = {
         "needs_steps": bool(run.nodes),
-        "needs_noise": run.noise is not None,
         "needs_condition": run.condition,
+        "needs_noise": run.noise is not None,
         "needs_gradients": run.gradients and not torch.is_inference_mode_enabled(),
         "needs_autograd": not torch.is_inference_mode_enabled(),
         "needs_evaluate": run.moves,

@@ -27,7 +27,9 @@ def norm(value: torch.Tensor) -> torch.Tensor:
 
 def deviation(value: torch.Tensor) -> torch.Tensor:
     """The standard deviation of each sample with n - 1, shaped to multiply it."""
-    return like(value.reshape(value.shape[0], -1).std(dim=1), value)
+    flat = value.reshape(value.shape[0], -1)
+    centered = flat - flat.mean(dim=1, keepdim=True)
+    return like(torch.linalg.vector_norm(centered, dim=1) / max(flat.shape[1] - 1, 1) ** 0.5, value)
 
 
 def ratio(a: torch.Tensor, b: torch.Tensor, otherwise: float = 1.0) -> torch.Tensor:
