@@ -104,7 +104,7 @@ def churn(
     gamma = (
         min(amount / (grid.whole or grid.steps), math.sqrt(2.0) - 1.0) if s_min <= s.ratio <= s_max else 0.0
     )
-    if gamma == 0.0:
+    if gamma == 0.0 or s.alpha == 0.0:  # nothing is noisier than no signal
         return x, s
     high = grid.at_ratio(s.ratio * (1.0 + gamma))
     return renoise(trace, x, s, high, (s, high), s_noise), high
