@@ -55,6 +55,9 @@ def shortened(spec: str, options) -> str:
     given = ",".join(f"{k}={v}".lower() for k, v in options.items())
     base, plus, transform = spec.partition("+")
     text = base + (("," if ":" in base else ":") + given if given else "") + plus + transform
+    text = re.sub(
+        r"\d+\.\d{7,}(e-?\d+)?", lambda m: f"{float(m[0]):.6g}", text
+    )  # machines differ in the last digit
     return re.sub(r"=([^,/+]+/[^,/+]+)/[^,+]+", r"=\1/...", text)
 
 
