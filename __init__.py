@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if __package__:  # pytest imports this file as a bare module where the checkout's name is not an identifier
-    from . import guidance, schedules
+if TYPE_CHECKING:
+    from . import guidance, hosts, samplers, schedules, tuning
     from .guidance import (
         APG,
         CADS,
@@ -42,13 +43,13 @@ if __package__:  # pytest imports this file as a bare module where the checkout'
         RewardGuidance,
         SelfGuidedMinority,
     )
-    from .hosts import diffusers as _diffusers  # noqa: F401  saved pipelines name this module; diffusers is not loaded
+    from .hosts.diffusers import FewStepScheduler
     from .hosts.library import sample, sample_adaptive
     from .samplers import NumericalError, Program, Solver, Stepper, compile, solvers
     from .samplers import parse as solver
 
-if TYPE_CHECKING:
-    from .hosts.diffusers import FewStepScheduler
+if __package__:  # pytest imports this file as a bare module where the checkout's name is not an identifier
+    from .hosts import diffusers as _diffusers  # noqa: F401  saved pipelines name this module; diffusers is not loaded
 
 __version__ = "0.1.0"
 
@@ -94,17 +95,40 @@ __all__ = [
     "Stepper",
     "compile",
     "guidance",
+    "hosts",
     "sample",
     "sample_adaptive",
+    "samplers",
     "schedules",
     "solver",
     "solvers",
+    "tuning",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "FewStepScheduler":
-        from .hosts.diffusers import FewStepScheduler
+_PACKAGES = ("guidance", "hosts", "samplers", "schedules", "tuning")
+_HOMES = {
+    "FewStepScheduler": "hosts.diffusers",
+    "sample": "hosts.library",
+    "sample_adaptive": "hosts.library",
+    **dict.fromkeys(("NumericalError", "Program", "Solver", "Stepper", "compile", "solvers"), "samplers"),
+}
+"""Where a name is defined; every other one is in guidance."""
 
-        return FewStepScheduler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when they are first used, so that ``import fewstep`` costs next to nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
+    if name == "solver":
+        value = import_module(".samplers", __name__).parse
+    else:
+        value = getattr(import_module(f".{_HOMES.get(name, 'guidance')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
