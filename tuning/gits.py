@@ -20,9 +20,9 @@ GROWTHS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
 def jump_costs(known: Candidates) -> np.ndarray:
     r"""Error of one Euler jump from candidate i to j, started on the converged trajectory; (n + 1, n + 1).
 
-    With angles a and in the frame z, ``z_j = (sin a_j z_i + sin(a_i - a_j) D_i) / sin a_i``; the cost is the RMS distance
-    per element of it to the converged state, averaged over trajectories. An error in z decays about as much from
-    every level down, which is why it is this frame that is compared. Infinite for j <= i.
+    With angles a and in the frame z, ``z_j = (sin a_j z_i + sin(a_i - a_j) D_i) / sin a_i``; the cost is the RMS
+    distance per element of it to the converged state, averaged over trajectories. What an error in z leaves of itself
+    at the end depends little on where it was made, so it is this frame that is compared. Infinite for j <= i.
     """
     n = len(known)
     cost, angles = np.full((n, n), np.inf), known.angles
@@ -47,10 +47,10 @@ def gits(
     growth: float | None = None,
     most: int = 80,
 ) -> tuple[float, ...]:
-    """Levels of the path with the least sum of :func:`jump_costs`, each jump weighted ``growth`` times the one before.
+    """Levels of the path of least :func:`jump_costs`, each jump weighted ``growth`` times the one before.
 
-    Without a ``growth`` those of ``GROWTHS`` are run with ``solver`` on the trajectories, and the best path is returned;
-    with one the network is not called at all. ``most`` is the number of candidate levels.
+    Without a ``growth`` those of ``GROWTHS`` are run with ``solver`` on the trajectories, and the best path is
+    returned; with one the network is not called at all. ``most`` is the number of candidate levels.
 
     The original measures the deviation from the chord of the trajectory and has one growth (1.15) for all.
     """

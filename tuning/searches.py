@@ -1,8 +1,8 @@
 """Searches for noise levels: everything that finds a grid for one model from its converged trajectories.
 
-All are called alike, ``search(source, truth, nfe, solver="...")``, and return ``nfe + 1`` levels (of the noise schedule)
-from the noisiest down, ending at the end of the run. What runs on the levels is a deterministic solver of one evaluation
-a step; ``fewstep.tuning.from_spectrum`` takes any.
+All are called alike, ``search(source, truth, nfe, solver="...")``, and return ``nfe + 1`` levels (of the noise
+schedule) from the noisiest down, ending at the end of the run. What runs on the levels is a deterministic solver of
+one evaluation a step; ``fewstep.tuning.from_spectrum`` takes any.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..schedules.spec import suggestion
-from . import gits, spectrum
+from . import spectrum
+from .gits import gits
+from .grid_search import grid_search
+from .optimal_steps import optimal_steps
 from .teacher import Source, Trajectories
 
 Search = Callable[..., tuple[float, ...]]
 
 SEARCHES: dict[str, Search] = {
     "spectrum": spectrum.search,
-    "gits": gits.gits,
+    "gits": gits,
+    "optimal_steps": optimal_steps,
+    "grid_search": grid_search,
 }
 
 

@@ -14,9 +14,10 @@ Kind = Literal["auto", "covariance", "fourier"]
 def spectrum_of(samples: torch.Tensor, kind: Kind = "auto") -> np.ndarray:
     """Eigenvalues of the covariance of samples (B, ...), one an element of a sample, descending.
 
-    ``covariance`` is what its name says; fewer samples than elements leave some of them zero. ``fourier`` needs (B, ...,
-    H, W): the mean power of every spatial frequency, which is the spectrum if the statistics are the same all over the
-    image, and is good from few samples. ``auto`` takes it for images with fewer than twice as many samples as elements.
+    ``covariance`` is what its name says; fewer samples than elements leave some of them zero. ``fourier`` needs
+    (B, ..., H, W): the mean power of every spatial frequency, which is the spectrum if the statistics are the same all
+    over the image, and is good from few samples. ``auto`` takes it for images with fewer than twice as many samples as
+    elements.
 
     Samples are those that the network works on (latents, not pictures). Raises ValueError for fewer than two.
     """
