@@ -13,6 +13,7 @@ from ..schedules.spec import suggestion
 from . import spectrum
 from .gits import gits
 from .grid_search import grid_search
+from .klub import align_your_steps
 from .optimal_steps import optimal_steps
 from .teacher import Source, Trajectories
 
@@ -21,6 +22,7 @@ Search = Callable[..., tuple[float, ...]]
 SEARCHES: dict[str, Search] = {
     "spectrum": spectrum.search,
     "gits": gits,
+    "ays": align_your_steps,
     "optimal_steps": optimal_steps,
     "grid_search": grid_search,
 }
