@@ -54,7 +54,7 @@ def gaussian_integral(low: ArrayLike, high: ArrayLike, up: ArrayLike, c: float) 
 
 
 def table_ratios(low: float, high: float, c: float, size: int) -> np.ndarray:
-    """About ``size`` ratios sigma / alpha from high to low: half uniform in ``log(1 / c^2 + 1 / t^2)``, half in atan(t).
+    """About ``size`` ratios sigma / alpha, descending: half uniform in ``log(1 / c^2 + 1 / t^2)``, half in atan(t).
 
     Many levels of least KLUB on data N(0, c^2) lie in the first way; few of them, and other data, ask for more above c.
     """
@@ -120,7 +120,7 @@ def _accumulated(distance: np.ndarray, ratios: np.ndarray, c: float) -> np.ndarr
 
 
 def sweep(cost: np.ndarray, path: list[int], frozen: Sequence[int] = ()) -> list[int]:
-    """Every inner level of a path, but those at frozen positions, moved to the best of ``TRIALS`` between its neighbours."""
+    """Every inner level but those at frozen positions, in turn at the best of ``TRIALS`` between its neighbours."""
     path = list(path)
     for k in range(1, len(path) - 1):
         if k in frozen:
@@ -175,11 +175,11 @@ def align_your_steps(
 ) -> tuple[float, ...]:
     """Levels of least KLUB, stopped early where the ``solver`` is best on the trajectories.
 
-    Up to ten steps are searched together, from the levels of ``STARTS``, one after the other among ``TRIALS`` positions, until
-    nothing changes. More are had by doubling twice, where only the new levels move, and interpolation in the logarithm of
-    the level over the index. The bound runs to the cleanest trained level or another of ``ENDS``, which is then
-    replaced by 0. The authors stop early by image quality and choose the end by hand; here the error of the solver
-    decides both, after each sweep. ``early=false`` is the bare minimum down to the cleanest trained level.
+    Up to ten steps are searched together, from the levels of ``STARTS``, one after the other among ``TRIALS``
+    positions, until nothing changes. More are had by doubling, where only the new levels move, and interpolation in
+    the logarithm of the level over the index. The bound runs to the cleanest trained level or another of ``ENDS``,
+    which is then replaced by 0. The authors stop early by image quality and choose the end by hand; here the error of
+    the solver decides both, after each sweep. ``early=False`` is the bare minimum down to the cleanest trained level.
 
     Costs ``size * paths`` evaluations a trajectory, and ``nfe`` for each look at the error.
     """

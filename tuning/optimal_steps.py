@@ -37,9 +37,9 @@ def optimal_steps(
     """Levels on which the student stays nearest to the converged trajectories.
 
     For k = 1 .. nfe and every candidate j, of the steps to j from the best states after k - 1 steps the one is kept
-    whose result is nearest (mean square, frame z) to the converged state at j. Unlike GITS it sees errors add up and cancel,
-    and steps with the history that the ``solver`` has on that path; the original has Euler steps. As the state kept is
-    the best *so far*, the end need not be the best of all paths.
+    whose result is nearest (mean square, frame z) to the converged state at j. Unlike GITS it sees errors add up and
+    cancel, and steps with the history that the ``solver`` has on that path; the original has Euler steps. As the state
+    kept is the best *so far*, the end need not be the best of all paths.
 
     Costs ``nfe * most`` evaluations a trajectory. ``most`` is the number of candidate levels.
     """
