@@ -28,7 +28,7 @@ def grid_search(
     nfe: int,
     *,
     solver: str | Solver = "dpmpp_2m",
-    runs: int = 300,
+    runs: int = 200,
     seed: int = 0,
 ) -> tuple[float, ...]:
     """Levels of least error of the ``solver`` on the trajectories, by at most ``runs`` runs over all of them.

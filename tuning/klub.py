@@ -70,7 +70,7 @@ def step_costs(
     data: torch.Tensor,
     ratios: np.ndarray,
     *,
-    paths: int = 8,
+    paths: int = 4,
     seed: int = 0,
 ) -> np.ndarray:
     """KLUB an element of a step from ratio i down to ratio j > i, infinite for j <= i; (n, n).
@@ -168,9 +168,10 @@ def align_your_steps(
     nfe: int,
     *,
     solver: str | Solver = "dpmpp_2m",
-    paths: int = 8,
+    paths: int = 4,
     size: int = 80,
     early: bool = True,
+    judge: Callable[[tuple[float, ...]], float] | None = None,
     seed: int = 0,
 ) -> tuple[float, ...]:
     """Levels of least KLUB, stopped early where the ``solver`` is best on the trajectories.
@@ -178,8 +179,9 @@ def align_your_steps(
     Up to ten steps are searched together, from the levels of ``STARTS``, one after the other among ``TRIALS``
     positions, until nothing changes. More are had by doubling, where only the new levels move, and interpolation in
     the logarithm of the level over the index. The bound runs to the cleanest trained level or another of ``ENDS``,
-    which is then replaced by 0. The authors stop early by image quality and choose the end by hand; here the error of
-    the solver decides both, after each sweep. ``early=False`` is the bare minimum down to the cleanest trained level.
+    which is then replaced by 0. The authors stop early by image quality and choose the end by hand; here ``judge``
+    decides both, after each sweep: a number for levels, the less the better, the error of the solver if not given (a
+    stochastic solver needs one, such as a Frechet distance). ``early=False`` is the bare minimum down to the cleanest trained level.
 
     Costs ``size * paths`` evaluations a trajectory, and ``nfe`` for each look at the error.
     """
@@ -196,19 +198,20 @@ def align_your_steps(
     def total(path: Sequence[int]) -> float:
         return float(cost[path[:-1], path[1:]].sum())
 
-    def judge(path: Sequence[int]) -> float:
-        return error(student(solver, finished(path), source), source, truth)
+    def quality(path: Sequence[int]) -> float:
+        levels = finished(path)
+        return judge(levels) if judge else error(student(solver, levels, source), source, truth)
 
     found = []
     for end, spacing in itertools.product(ENDS if early else ENDS[:1], STARTS):
         last = max(nfe, int(np.argmin(np.abs(ratios - max(end, ratios[-1])))))
         start = _snapped(source, ratios[: last + 1], min(nfe, BASE), spacing)
-        path = descend(cost, start, judge=judge if early else None)
+        path = descend(cost, start, judge=quality if early else None)
         while len(path) - 1 < nfe:
             path = doubled(path)
             path = descend(cost, path, range(0, len(path), 2))
         found.append(path)
-    return finished(min(found, key=judge if early else total))
+    return finished(min(found, key=quality if early else total))
 
 
 def resampled(levels: np.ndarray, steps: int) -> np.ndarray:
