@@ -5,8 +5,8 @@
 Two tables. ``cells``: RMS distance per element to the converged solution from the same noise, 64 samples that no search
 has seen, with the default solver and DPM-Solver++(2M); searches see 32 other trajectories. ``stochastic``: what
 Align Your Steps is derived for, the Frechet distance between the moments of the data and of 2,048 samples of a
-stochastic solver; its early stop looks at 512 others. Cells are written as they are done; those that the file holds already are not repeated. What needs
-another noise schedule (published tables) is left out.
+stochastic solver; its early stop looks at 512 others. Cells are written as they are done; those that the file holds
+already are not repeated. What needs another noise schedule (published tables) is left out.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def grid_search(
         except ValueError:  # two levels that coincide
             return math.inf
 
-    best, least = np.empty(0), math.inf
+    best, least = next(_coarse(top, nfe, 1, seed)), math.inf
+    student(solver, levels(best), source)  # raises for a solver that cannot be run
     for trial in _coarse(top, nfe, max(1, runs // 2), seed):
         if (value := cost(trial)) < least:
             best, least = trial, value
@@ -78,7 +79,9 @@ def grid_search(
 
 
 def _coarse(top: float, nfe: int, most: int, seed: int) -> Iterator[np.ndarray]:
-    """Choices of nfe - 1 descending angles below ``top``: as fine a grid as can be tried in full, at least 3 nfe."""
+    """Choices of nfe - 1 descending angles below ``top`` from a grid, an even one first: all of them if there are not
+    more than ``most``, otherwise as many.
+    """
     inner = nfe - 1
     size = inner
     while math.comb(size + 1, inner) <= most and 0 < inner and size < 40:

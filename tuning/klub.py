@@ -19,7 +19,6 @@ and the table is dense where optimal grids are.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -29,12 +28,12 @@ from numpy.typing import ArrayLike
 
 from ..samplers import Solver
 from ..schedules import Node, make_grid
-from .candidates import candidates, student
+from .candidates import candidates, shortest_path, student
 from .fit import error
 from .teacher import Source, Trajectories
 
 TRIALS = 11
-"""Positions of a level that are compared at a time, its own among them."""
+"""Positions of a level, spread between its neighbours, that are compared at a time."""
 SWEEPS = 300
 PATIENCE = 3
 """Sweeps without a better result after which the search stops early."""
@@ -119,15 +118,21 @@ def _accumulated(distance: np.ndarray, ratios: np.ndarray, c: float) -> np.ndarr
     return cost
 
 
-def sweep(cost: np.ndarray, path: list[int], frozen: Sequence[int] = ()) -> list[int]:
-    """Every inner level but those at frozen positions, in turn at the best of ``TRIALS`` between its neighbours."""
+def sweep(cost: np.ndarray, path: list[int], frozen: Sequence[int] = (), room: int = 1) -> list[int]:
+    """Every inner level but those at frozen positions, in turn at the best of some positions between its neighbours.
+
+    ``TRIALS`` are spread between the neighbours, ``room`` entries of the table away from them; the entries beside the
+    present one are tried as well, so that what stays is best among all near it.
+    """
     path = list(path)
     for k in range(1, len(path) - 1):
         if k in frozen:
             continue
         left, here, right = path[k - 1 : k + 2]
-        trials = np.unique(np.rint(np.linspace(left + 1, right - 1, TRIALS - 1)).astype(int))
-        trials = np.append(here, trials)  # the present one first: of equals it stays
+        low, high = left + room, right - room
+        spread = np.rint(np.linspace(low, high, TRIALS)).astype(int)
+        # the present one first: of equals it stays
+        trials = np.array([here, *(i for i in (here - 1, here + 1, *spread) if low <= i <= high)])
         path[k] = int(trials[np.argmin(cost[left, trials] + cost[trials, right])])
     return path
 
@@ -136,12 +141,13 @@ def descend(
     cost: np.ndarray,
     path: list[int],
     frozen: Sequence[int] = (),
+    room: int = 1,
     judge: Callable[[list[int]], float] | None = None,
 ) -> list[int]:
     """Sweeps until nothing changes; with a ``judge`` the best path on the way by it, stopping early."""
     best, least, waited = path, math.inf if judge is None else judge(path), 0
     for _ in range(SWEEPS):
-        moved = sweep(cost, path, frozen)
+        moved = sweep(cost, path, frozen, room)
         if moved == path:
             break
         path = moved
@@ -177,17 +183,22 @@ def align_your_steps(
     """Levels of least KLUB, stopped early where the ``solver`` is best on the trajectories.
 
     Up to ten steps are searched together, from the levels of ``STARTS``, one after the other among ``TRIALS``
-    positions, until nothing changes. More are had by doubling, where only the new levels move, and interpolation in
-    the logarithm of the level over the index. The bound runs to the cleanest trained level or another of ``ENDS``,
-    which is then replaced by 0. The authors stop early by image quality and choose the end by hand; here ``judge``
-    decides both, after each sweep: a number for levels, the less the better, the error of the solver if not given (a
-    stochastic solver needs one, such as a Frechet distance). ``early=False`` is the bare minimum down to the cleanest trained level.
+    positions, until nothing changes; where that ends, dynamic programming over the table tells exactly. More are had
+    by doubling, where only the new levels move, and interpolation in the logarithm of the level over the index. The
+    bound runs to the cleanest trained level or another of ``ENDS``, which is then replaced by 0.
+
+    The authors stop early by image quality and choose the end by hand; here ``judge`` decides both, after each sweep:
+    a number for levels, the less the better, the error of the solver if not given (a stochastic solver needs one, such
+    as a Frechet distance). ``early=False`` is the bare minimum down to the cleanest trained level.
 
     Costs ``size * paths`` evaluations a trajectory, and ``nfe`` for each look at the error.
     """
     candidates(source, truth, nfe, len(truth.angles))  # checks the numbers
     high, trained = _node(source, source.top, level=True).ratio, source.noise_schedule.level_min
     c = float(truth.result.double().std())
+    doublings = max(0, math.ceil(math.log2(nfe / BASE)))
+    room = 2**doublings  # entries between two levels of the first grid
+    size = max(size, 8 * BASE * room)
     ratios = table_ratios(_node(source, trained, level=True).ratio, high, c, size)
     cost = step_costs(source, truth.indices, truth.result, ratios, paths=paths, seed=seed)
     levels = np.array([source.top, *source.noise_schedule.level_at_ratio(ratios[1:])])
@@ -203,14 +214,20 @@ def align_your_steps(
         return judge(levels) if judge else error(student(solver, levels, source), source, truth)
 
     found = []
-    for end, spacing in itertools.product(ENDS if early else ENDS[:1], STARTS):
-        last = max(nfe, int(np.argmin(np.abs(ratios - max(end, ratios[-1])))))
-        start = _snapped(source, ratios[: last + 1], min(nfe, BASE), spacing)
-        path = descend(cost, start, judge=quality if early else None)
-        while len(path) - 1 < nfe:
-            path = doubled(path)
-            path = descend(cost, path, range(0, len(path), 2))
-        found.append(path)
+    for end in ENDS if early else ENDS[:1]:
+        last = max(min(nfe, BASE) * room, int(np.argmin(np.abs(ratios - max(end, ratios[-1])))))
+        starts = [_snapped(source, ratios[: last + 1], min(nfe, BASE), s, room) for s in STARTS]
+        if doublings:
+            paths = [descend(cost, start, room=room) for start in starts]
+            for left in range(doublings):
+                paths = [
+                    descend(cost, path, range(0, len(path), 2), room >> (left + 1))
+                    for path in map(doubled, paths)
+                ]
+            found += paths
+        else:
+            found.append(shortest_path(cost[: last + 1, : last + 1], nfe))
+            found += [descend(cost, start, judge=quality) for start in starts if early]
     return finished(min(found, key=quality if early else total))
 
 
@@ -221,13 +238,13 @@ def resampled(levels: np.ndarray, steps: int) -> np.ndarray:
     return np.append(levels[0], inner)
 
 
-def _snapped(source: Source, ratios: np.ndarray, steps: int, spacing: str) -> list[int]:
-    """Positions nearest to the levels of a spacing, all different, from the first to the last."""
+def _snapped(source: Source, ratios: np.ndarray, steps: int, spacing: str, room: int) -> list[int]:
+    """Positions nearest to the levels of a spacing, ``room`` apart at least, from the first to the last."""
     wanted = [node.ratio for node in make_grid(source.noise_schedule, steps, spacing)]
     path = [int(np.argmin(np.abs(np.arctan(ratios) - math.atan(w)))) for w in wanted]
     path[0], last = 0, len(ratios) - 1
-    for k in range(1, steps + 1):  # room for those before and those after
-        path[k] = min(max(path[k], path[k - 1] + 1), last - (steps - k))
+    for k in range(1, steps + 1):
+        path[k] = min(max(path[k], path[k - 1] + room), last - (steps - k) * room)
     return path
 
 

@@ -14,7 +14,9 @@ Kind = Literal["auto", "covariance", "fourier"]
 def spectrum_of(samples: torch.Tensor, kind: Kind = "auto") -> np.ndarray:
     """Eigenvalues of the covariance of samples (B, ...), one an element of a sample, descending.
 
-    ``covariance`` is what its name says; fewer samples than elements leave some of them zero. ``fourier`` needs
+    ``covariance`` is that of the samples, its eigenvalues drawn towards their mean as far as the samples are too few
+    to tell them apart (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices"); of
+    a few samples the smallest are far too small otherwise. ``fourier`` needs
     (B, ..., H, W): the mean power of every spatial frequency, which is the spectrum if the statistics are the same all
     over the image, and is good from few samples. ``auto`` takes it for images with fewer than twice as many samples as
     elements.
@@ -36,12 +38,27 @@ def spectrum_of(samples: torch.Tensor, kind: Kind = "auto") -> np.ndarray:
         pixels = x.shape[-1] * x.shape[-2]
         power = np.square(np.abs(np.fft.fft2(x))).sum(0) / (count - 1) / pixels
     elif kind == "covariance":
-        power = np.zeros(size)
-        values = np.linalg.svd(x.reshape(count, -1), compute_uv=False) ** 2 / (count - 1)
-        power[: len(values)] = values[:size]
+        power = _shrunk(x.reshape(count, -1))
     else:
         raise ValueError(f"kind must be auto, covariance or fourier, got {kind!r}")
     return np.sort(power.ravel())[::-1].copy()
+
+
+def _shrunk(x: np.ndarray) -> np.ndarray:
+    """Eigenvalues of ``(1 - r) S + r m I``: S the covariance of centred rows (B, D), m the mean of its diagonal.
+
+    ``r = mean |x x^T - S|^2 / (B |S - m I|^2)``, at most 1, is the share of what is seen that is chance.
+    """
+    count, size = x.shape
+    gram = x @ x.T
+    values = np.zeros(size)
+    found = np.linalg.eigvalsh(gram)[::-1].clip(min=0.0) / count
+    values[: min(count, size)] = found[:size]
+    mean, squares = values.mean(), float(np.square(values).sum())
+    chance = float(np.square(gram.diagonal()).mean()) - squares  # mean |x x^T - S|^2
+    spread = squares - size * mean**2
+    share = min(1.0, chance / count / spread) if spread > 0 else 0.0
+    return ((1.0 - share) * values + share * mean) * (count / (count - 1))
 
 
 def power_law(shape: Sequence[int], exponent: float = 2.0, deviation: float = 0.5) -> np.ndarray:

@@ -104,7 +104,7 @@ def from_spectrum(
             moved = gaps * np.exp(np.append(change, 0.0))
             angles = angle(start[0]) - np.cumsum(moved * gaps.sum() / moved.sum())
             inner = levels_at(noise_schedule, list(angles[:-1]))
-            return TimeGrid.from_levels(noise_schedule, [start.level[0], *inner, start.level[-1]])
+            return TimeGrid.from_levels(noise_schedule, [noise_schedule.level_max, *inner, 0.0])
 
         def residual(change: np.ndarray, grid: Callable[[np.ndarray], TimeGrid] = grid) -> np.ndarray:
             nodes = grid(change)
