@@ -95,11 +95,12 @@ class Forward:
         that of the begin index before the first step and that of the next evaluation after it.
         """
         run = self._run
+        source = self._source() if run.plan is None else run.plan.source
         if run.begin_index is None or run.plan is None:
-            source = self._source() if run.plan is None else run.plan.source
             alpha, sigma = coefficients(source, timesteps, original_samples)
         else:
             _, alpha, sigma = run.plan.nodes[run.begin_index if run.step_index is None else run.step_index]
+        sigma = sigma * source.noise_scale
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_noise(

@@ -2,7 +2,7 @@
 
 from .diffusers_config import from_diffusers, prediction_of
 from .grid import Node, TimeGrid
-from .noise import EDM, VP, Flow, NoiseSchedule, Table, VPContinuous
+from .noise import EDM, VP, Flow, NoiseSchedule, Table, Trigonometric, VPContinuous
 from .parametrization import PREDICTIONS, conversion
 from .spacing import Spacing, make_grid, schedule, schedules
 
@@ -16,6 +16,7 @@ __all__ = [
     "Spacing",
     "Table",
     "TimeGrid",
+    "Trigonometric",
     "VPContinuous",
     "conversion",
     "from_diffusers",

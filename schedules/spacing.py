@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from . import align_your_steps
 from .grid import TimeGrid
-from .noise import VP, Array, Flow, NoiseSchedule
+from .noise import VP, Array, Flow, NoiseSchedule, Trigonometric
 from .spec import Option, bind, options_of, render, split, suggestion
 
 
@@ -112,6 +112,8 @@ def at_index(noise_schedule: NoiseSchedule, index: ArrayLike) -> Array:
         return noise_schedule.shifted((i + 1.0) / len(levels))
     if isinstance(noise_schedule, VP):
         return noise_schedule.level(i)
+    if isinstance(noise_schedule, Trigonometric):
+        return noise_schedule.level((i + 1.0) * (0.5 * math.pi / len(levels)))
     return np.exp(np.interp(i, np.arange(len(levels)), np.log(levels)))
 
 

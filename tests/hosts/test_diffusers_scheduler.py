@@ -141,21 +141,6 @@ def test_a_flow_config_stays_one(name: str, options: dict[str, Any], tmp_path: P
     assert all(back[k] == v for k, v in native.config.items() if not k.startswith("_"))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": 0.5},
-        {"prediction_type": "trigflow", "sigma_data": 0.5, "num_train_timesteps": 1000},
-        {"_class_name": "DDPMWuerstchenScheduler", "scaler": 1.0, "s": 0.008},
-        {"_class_name": "DDIMInverseScheduler"},
-        {"clip_denoised": True, "sigma_data": 0.5},
-    ],
-)
-def test_models_that_cannot_be_stepped_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="belongs to"):
-        FewStepScheduler.from_config(config)
-
-
 def test_a_dynamic_shift_needs_mu() -> None:
     scheduler = FewStepScheduler.from_config({"shift": 3.0, "use_dynamic_shifting": True})
     with pytest.raises(ValueError, match="needs mu"):
