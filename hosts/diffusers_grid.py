@@ -43,6 +43,7 @@ class Request(NamedTuple):
     solver: str
     schedule: str | None = None
     denoised: bool = False
+    integer_timesteps: bool = False
     recipe: str | None = None
     steps: int | None = None
     mu: float | None = None

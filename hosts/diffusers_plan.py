@@ -42,6 +42,7 @@ class Plan:
     grid: TimeGrid
     timesteps: Array
     prediction: Prediction
+    integer_timesteps: bool = False
     _starts: dict[Any, Start] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: object) -> Plan:
@@ -71,9 +72,29 @@ class Plan:
         return np.array([n.ratio for n in self.nodes])
 
     @cached_property
-    def published_sigmas(self) -> list[float]:
-        """:attr:`sigmas` in the precision that hosts see."""
-        return self.sigmas.astype(np.float32).tolist()
+    def calls(self) -> int:
+        """How often ``step`` is called."""
+        return len(self.timesteps)
+
+    @cached_property
+    def feeds_output(self) -> bool:
+        """Whether the program is fed the network's output as it is."""
+        return self.prediction != "denoised" and self.source.output_sign == 1.0
+
+    @cached_property
+    def looks_back(self) -> bool:
+        """Whether a step has to look at what the host has made of the state in between."""
+        return self.keeps_states or self.source.sigma_data is not None
+
+    @cached_property
+    def published(self) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps (int64 if whole indices, else float32) and sigmas (float32) as hosts see them."""
+        times, by_index = self.timesteps, self.source.clock == "index"
+        if self.source.clock == "angle":  # pipelines of this flow leave off the last
+            times = np.append(times, self.source.timesteps(self.grid.level[-1]))
+        whole = by_index and (self.integer_timesteps or not np.any(times % 1.0))
+        kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
+        return kind, self.sigmas.astype(np.float32)
 
     @cached_property
     def clean(self) -> int:
@@ -186,7 +207,8 @@ def make_plan(request: Request) -> Plan:
     """
     found = answer(request)
     prediction = "denoised" if request.denoised else found.source.prediction
-    plan = Plan(found.source, found.solver, found.grid, np.empty(0), prediction)
+    whole = request.integer_timesteps
+    plan = Plan(found.source, found.solver, found.grid, np.empty(0), prediction, whole)
     plan = replace(plan, timesteps=_published(plan, found.told))
     assert plan.denoised
     return plan

@@ -30,10 +30,8 @@ class FewStepSchedulerOutput(BaseOutput):
 class Result(tuple):
     """``(prev_sample, pred_original_sample)``; the second is computed when it is asked for, which is rarely."""
 
-    def __new__(cls, previous: torch.Tensor, denoised: Any) -> Result:
-        self = super().__new__(cls, (previous, None))
-        self.denoised = denoised
-        return self
+    denoised: Any
+    """x_0 or the function that computes it."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(0) if index == 0 else tuple(self)[index]
@@ -111,6 +109,9 @@ class Run:
     stepper: Stepper | None = None
     draws: Draws | None = None
     before: Stepper | None = None
+    plain: bool = False
+    """Whether a step is nothing but the program's."""
+    keeps_float32: bool = False
     rounded: tuple[torch.Tensor, torch.Tensor] | None = None
     """The 16-bit state that was returned and what it was before it was rounded."""
     rows: list[Run] | None = None

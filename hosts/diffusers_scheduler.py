@@ -21,7 +21,7 @@ from .diffusers_compile import handle_of
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
 from .diffusers_grid import Request, Settings
 from .diffusers_noise import Forward, from_numpy, numbers
-from .diffusers_plan import Plan, make_plan
+from .diffusers_plan import make_plan
 from .diffusers_run import Run
 from .diffusers_step import Stepping
 
@@ -244,6 +244,7 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
             values["solver"],
             values["schedule"],
             self._denoises(),
+            values["integer_timesteps"],
             None if recipe is None else json.dumps(recipe, sort_keys=True),
             num_inference_steps,
             None if mu is None else float(mu),
@@ -255,7 +256,10 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
             strength,
         )
         plan = make_plan(request)
-        run = Run(*self._published(plan, device), plan, plan.grid.steps)
+        # A host may write to sigmas outside of the mode that it called us in.
+        with torch.inference_mode(False):
+            times, levels = (from_numpy(array.copy()) for array in plan.published)
+            run = Run(times.to(device), levels, plan, plan.grid.steps)
         self._threads.run = self._latest = run
 
     def _denoises(self) -> bool:
@@ -270,18 +274,6 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
         # CogVideoX's classes have clip_sample, true by default, and do not clip: latents are not bounded.
         clips = values["clip_sample"] and values["snr_shift_scale"] is None
         return bool(values["thresholding"] or clips)
-
-    def _published(self, plan: Plan, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        times = plan.timesteps
-        if plan.source.clock == "angle":  # pipelines of this flow leave off the last
-            times = np.append(times, plan.source.timesteps(plan.grid.level[-1]))
-        whole = plan.source.clock == "index" and (
-            self._values["integer_timesteps"] or not np.any(times % 1.0)
-        )
-        # A host may write to sigmas outside of the mode that it called us in.
-        with torch.inference_mode(False):
-            kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
-            return from_numpy(kind).to(device), from_numpy(plan.sigmas.astype(np.float32))
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The state as the network wants it: unchanged, for EDM models ``x / sqrt(sigma^2 + sigma_data^2)``."""

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,39 +82,43 @@ class Stepping(PerThread):
                 model_output, timestep, sample, eta, generator, variance_noise, return_dict
             )
         run = self._run
-        if run.plan is None:  # as published so far: every training step
-            run = self._train_steps(run)
-        plan = self._begin(run, timestep, eta) if run.step_index is None else run.plan
         index = run.step_index
-        assert plan is not None and index is not None
-        if index >= len(plan.timesteps):
+        if index is None:
+            run, index = self._begin(run, timestep, eta)
+        plan, stepper = run.plan, run.stepper
+        assert plan is not None and stepper is not None
+        if index >= plan.calls:
             raise ValueError(
-                f"the run of {len(plan.timesteps)} evaluations is over; call set_timesteps() to start another"
+                f"the run of {plan.calls} evaluations is over; call set_timesteps() to start another"
             )
         if model_output.shape != sample.shape:
             model_output = mean_of(model_output, sample)
         if per_token_timesteps is not None:
             model_output = -model_output
-        fed, denoised = self._prediction(plan, index, model_output, sample, pred_original_sample)
-        if run.draws is None:
-            previous = self._advance(run, plan, fed, sample)
+        fed, denoised = model_output, partial(x_0_of, plan, index, sample, model_output)
+        if not plan.feeds_output or pred_original_sample is not None:
+            fed, denoised = self._fed(plan, index, sample, model_output, pred_original_sample)
+        if run.plain:
+            stepper.x = sample
+            previous = stepper.step(fed)
         else:
-            with run.draws.from_(generator, variance_noise, model_output.dtype):
-                previous = self._advance(run, plan, fed, sample)
+            previous = self._advance(run, fed, sample, generator, variance_noise, model_output.dtype)
         run.step_index = index + 1
         dtype = sample.dtype
         if model_output.dtype is not dtype:
             dtype = torch.promote_types(dtype, model_output.dtype)
         if previous.dtype is not dtype:
             exact, previous = previous, previous.to(dtype)
-            run.rounded = (previous, exact) if self._values["keep_float32"] else None
+            run.rounded = (previous, exact) if run.keeps_float32 else None
         if per_token_timesteps is not None:
             previous = torch.where((per_token_timesteps < timestep).unsqueeze(-1), sample, previous)
         if index == plan.clean:
             denoised = previous
         if return_dict:
             return FewStepSchedulerOutput(previous, resolved(denoised))
-        return Result(previous, denoised)
+        result = Result((previous, None))
+        result.denoised = denoised
+        return result
 
     def _step_rows(
         self,
@@ -153,7 +158,7 @@ class Stepping(PerThread):
 
     def _follows(self, run: Run, timestep: float) -> bool:
         """Whether a timestep is that of the next evaluation."""
-        if run.step_index is None or run.plan is None or run.step_index >= len(run.plan.timesteps):
+        if run.step_index is None or run.plan is None or run.step_index >= run.plan.calls:
             return False
         tolerance = 1e-6 * (1.0 + abs(timestep)) + 0.5 * self._values["integer_timesteps"]
         return abs(run.plan.timesteps[run.step_index] - timestep) <= tolerance
@@ -163,16 +168,17 @@ class Stepping(PerThread):
         self._run.begin_index = run.begin_index
         return self._run
 
-    def _begin(self, run: Run, timestep: Any, eta: float) -> Plan:
+    def _begin(self, run: Run, timestep: Any, eta: float) -> tuple[Run, int]:
         """Start the run at the first timestep that is seen; the plan may have been edited."""
+        if run.plan is None:  # as published so far: every training step
+            run = self._train_steps(run)
         plan = run.plan
         assert plan is not None
         sigmas = run.sigmas.tolist()
-        if sigmas != plan.published_sigmas:
+        if sigmas != plan.published[1].tolist():
             plan = run.plan = plan.edited(sigmas)
         index = self._first_index(timestep)
         start = plan.start(index, with_eta(plan.solver, eta) if eta else {})
-        run.step_index = index
         if start.lead:
             self._warn(
                 "stage",
@@ -180,17 +186,29 @@ class Stepping(PerThread):
                 f"begins at {index + start.lead}, after first-order steps",
             )
         run.draws = Draws(plan.source.noise_scale) if start.program.stochastic else None
+        run.keeps_float32 = self._values["keep_float32"]
+        run.plain = run.draws is None and not run.keeps_float32 and not plan.looks_back
         # The registers are filled when the first prediction comes.
         run.stepper = Stepper(start.program, torch.empty(0), run.draws, check=False)
-        return plan
+        run.step_index = index
+        return run, index
 
-    def _advance(self, run: Run, plan: Plan, fed: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        if self._values["keep_float32"] and sample.dtype in (torch.float16, torch.bfloat16):
+    def _advance(
+        self,
+        run: Run,
+        fed: torch.Tensor,
+        sample: torch.Tensor,
+        generator: Any,
+        variance_noise: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """A step of a run that draws noise, keeps fp32 states or looks at what the host has made of its state."""
+        plan, stepper = run.plan, run.stepper
+        assert plan is not None and stepper is not None
+        if run.keeps_float32 and sample.dtype in (torch.float16, torch.bfloat16):
             # Solvers that keep states keep them in fp32 too.
             rounded = run.rounded
             sample = rounded[1] if rounded and run.handed_back(sample, rounded[0]) else sample.float()
-        stepper = run.stepper
-        assert stepper is not None
         if plan.source.sigma_data is not None:
             # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
             run.before = stepper.fork()
@@ -204,26 +222,26 @@ class Stepping(PerThread):
             )
         run.copied = False
         stepper.x = sample
-        return stepper.step(fed)
+        if run.draws is None:
+            return stepper.step(fed)
+        with run.draws.from_(generator, variance_noise, dtype):
+            return stepper.step(fed)
 
-    def _prediction(
-        self, plan: Plan, index: int, output: torch.Tensor, sample: torch.Tensor, given: torch.Tensor | None
+    def _fed(
+        self, plan: Plan, index: int, sample: torch.Tensor, output: torch.Tensor, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
-        """What the program is fed; x_0, or a function that computes it."""
-
-        def denoised() -> torch.Tensor:
-            c_x, c_m = plan.denoised[index]
-            return affine(c_x, sample, c_m, output)
-
+        """What the program is fed where that is not the output itself, and x_0 or a function that computes it."""
+        denoised = plan.prediction == "denoised"
         if given is not None:
-            if plan.prediction == "denoised":
+            if denoised:
                 return given, given
             c_x, c_m = conversion("denoised", plan.prediction, plan.nodes[index])
             return affine(c_x, sample, c_m, given), given
-        if plan.prediction == "denoised":
-            x_0 = clipped(denoised(), self._values) if self._clips else denoised()
-            return x_0, x_0
-        return (output if plan.source.output_sign == 1.0 else -output), denoised
+        if denoised:
+            clean = x_0_of(plan, index, sample, output)
+            clean = clipped(clean, self._values) if self._clips else clean
+            return clean, clean
+        return -output, partial(x_0_of, plan, index, sample, output)
 
     def _ignored(self, other: Mapping[str, Any]) -> None:
         """Arguments of other schedulers' ``step`` that pipelines pass literally."""
@@ -276,6 +294,12 @@ class Stepping(PerThread):
                 if len(nearest) > 1 and run.plan.begins(int(i)):
                     return int(i)
         return int(nearest[0])
+
+
+def x_0_of(plan: Plan, index: int, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """x_0 that the network's output means at an evaluation."""
+    c_x, c_m = plan.denoised[index]
+    return affine(c_x, sample, c_m, output)
 
 
 def with_eta(solver: Solver, eta: float) -> dict[str, float]:

@@ -659,7 +659,7 @@ def test_keeping_fp32_between_16_bit_steps(record_property: Any) -> None:
 def test_compiled_once_for_every_step() -> None:
     from torch._dynamo.testing import CompileCounter
 
-    for solver in SOLVERS:
+    for solver in ("unipc:order=3", "euler_ancestral"):
         scheduler = make(solver, 12)
         torch.manual_seed(0)
         expected = run(scheduler)
