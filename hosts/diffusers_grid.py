@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..samplers import Solver, parse
+from ..samplers import Solver, parse, steps_for
 from ..schedules import TimeGrid, make_grid
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.diffusers_levels import (
@@ -44,6 +44,7 @@ class Request(NamedTuple):
     schedule: str | None = None
     denoised: bool = False
     integer_timesteps: bool = False
+    count_evaluations: bool = False
     recipe: str | None = None
     steps: int | None = None
     mu: float | None = None
@@ -103,6 +104,24 @@ def answer(request: Request) -> Answer:
         name = "the given" if given else request.schedule or "the model's own"
         raise ValueError(f"{name} schedule with {n} steps: {error}") from None
     return Answer(source, parse(request.solver), grid, told)
+
+
+def by_evaluations(request: Request) -> Request:
+    """The request with as many steps as make its number of steps the number of evaluations.
+
+    Levels that a host sends are somebody's choice and stay, unless they are those that flow pipelines always send.
+    Raises ValueError naming the nearest numbers if the solver cannot spend exactly so many.
+    """
+    n, sigmas = _count(request), request.sigmas
+    default = sigmas is not None and is_default_sigmas(sigmas)
+    if request.recipe is not None or request.timesteps is not None or (sigmas is not None and not default):
+        return request
+
+    def of(steps: int) -> Request:
+        uniform = tuple((1.0 - np.arange(steps) / steps).tolist()) if default else None
+        return request._replace(steps=steps, sigmas=uniform)
+
+    return of(steps_for(request.solver, n, lambda steps: answer(of(steps)).grid))
 
 
 def grid_of(source: Source, levels: Array, times: Array) -> TimeGrid:

@@ -63,6 +63,7 @@ class Forward:
 
     _run: Any
     _source: Any
+    index_for_timestep: Any
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -85,6 +86,19 @@ class Forward:
         if not isinstance(noise, VP):
             raise AttributeError(f"{name!r} belongs to discrete models, this one is {type(noise).__name__}")
         return noise
+
+    def previous_timestep(self, timestep: Any) -> torch.Tensor:
+        """The timestep after the one given on the way to no noise, -1 after the last."""
+        run = self._run
+        following = run.timesteps[self.index_for_timestep(timestep) + 1 :]
+        return following[0] if len(following) else torch.tensor(-1)
+
+    def _get_variance(self, timestep: Any, prev_timestep: Any = None) -> torch.Tensor:
+        """Variance of the reverse step of DDPM between two training indices, by default neighbours on the schedule."""
+        before = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
+        product = self.alphas_cumprod
+        now, then = product[int(timestep)], product[int(before)] if int(before) >= 0 else torch.tensor(1.0)
+        return (1 - then) / (1 - now) * (1 - now / then)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor

@@ -18,7 +18,7 @@ from ..schedules import Node, TimeGrid
 from ..schedules.diffusers_config import Source
 from ..schedules.noise import Array
 from ..schedules.parametrization import Prediction
-from .diffusers_grid import VANISHING, Request, answer, grid_of
+from .diffusers_grid import VANISHING, Request, answer, by_evaluations, grid_of
 from .diffusers_program import chained, first_order, hosted
 
 
@@ -205,6 +205,8 @@ def make_plan(request: Request) -> Plan:
     Raises ValueError for what the levels, the solver or the host's way of running it do not allow, before the network
     is called.
     """
+    if request.count_evaluations:
+        request = by_evaluations(request)
     found = answer(request)
     prediction = "denoised" if request.denoised else found.source.prediction
     whole = request.integer_timesteps

@@ -52,6 +52,9 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
             flow pipelines always send, ``1 - i/n``; any other sigmas are used as given.
         integer_timesteps: round timesteps of discrete models, for networks that accept integers only. Sigmas are not
             rounded with them.
+        count_evaluations: let ``num_inference_steps`` be the number of network evaluations instead of steps, for
+            solvers that have more or fewer (``heun``, ``+restart``, ``+skip``): equal numbers cost the same then, and
+            a pipeline's progress bar, which counts evaluations up to that number, is exact.
         recipe: file written by ``fewstep tune``, or its content: replaces ``solver``, ``schedule`` and the sigmas that
             a pipeline sends; ``num_inference_steps`` must be the recipe's. A run that begins in the middle of the
             levels (image to image) steps through the rest of them with DPM-Solver++(2M).
@@ -131,6 +134,7 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
         solver: str | Solver = "unipc",
         schedule: str | None = None,
         integer_timesteps: bool = False,
+        count_evaluations: bool = False,
         recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
         keep_float32: bool = False,
         **unknown: Any,
@@ -245,6 +249,7 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
             values["schedule"],
             self._denoises(),
             values["integer_timesteps"],
+            values["count_evaluations"],
             None if recipe is None else json.dumps(recipe, sort_keys=True),
             num_inference_steps,
             None if mu is None else float(mu),
@@ -259,7 +264,8 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
         # A host may write to sigmas outside of the mode that it called us in.
         with torch.inference_mode(False):
             times, levels = (from_numpy(array.copy()) for array in plan.published)
-            run = Run(times.to(device), levels, plan, plan.grid.steps)
+            count = plan.calls if values["count_evaluations"] else plan.grid.steps
+            run = Run(times.to(device), levels, plan, count)
         self._threads.run = self._latest = run
 
     def _denoises(self) -> bool:
@@ -275,7 +281,9 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
         clips = values["clip_sample"] and values["snr_shift_scale"] is None
         return bool(values["thresholding"] or clips)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: Any = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
         """The state as the network wants it: unchanged, for EDM models ``x / sqrt(sigma^2 + sigma_data^2)``."""
         run = self._run
         if run.plan is None or run.plan.source.sigma_data is None:

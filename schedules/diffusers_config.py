@@ -30,7 +30,7 @@ _PREDICTIONS: dict[str, Prediction] = {
     "v_prediction": "v",
     "flow_prediction": "flow",
 }
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
 _SHIFTS = ("exponential", "linear")
 _TOKENS = "a model of discrete tokens: there is nothing to integrate"
 _CALLS = "a pipeline that calls other methods of its scheduler than step"
@@ -91,7 +91,7 @@ def is_trigonometric(config: Config) -> bool:
         "num_train_timesteps",
         "trained_betas",
     }
-    return config.get("prediction_type") == "trigflow" or (dance and not config.get("trained_betas"))
+    return config.get("prediction_type") == "trigflow" or (dance and config.get("trained_betas") is None)
 
 
 def is_edm(config: Config) -> bool:
@@ -270,6 +270,9 @@ def discrete(config: Config, n: int) -> VP:
             "linear": lambda: VP.linear(start, end, n),
             "scaled_linear": lambda: VP.scaled_linear(start, end, n),
             "squaredcos_cap_v2": lambda: VP.cosine(n),
+            "sigmoid": lambda: VP.trained(start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, n)))),
+            "exp": lambda: VP.trained(np.full(n, min(-math.expm1(-12.0 / n), 0.999))),
+            "laplace": lambda: VP.trained(_laplace(n)),
         }
         if name not in makers:
             raise ValueError(
@@ -282,3 +285,11 @@ def discrete(config: Config, n: int) -> VP:
         product = plain.alphas_cumprod / (scale + (1.0 - scale) * plain.alphas_cumprod)
         plain = VP.trained(1.0 - product / np.concatenate([[1.0], product[:-1]]))
     return VP(plain.betas, True) if zero_snr else plain
+
+
+def _laplace(n: int) -> Array:
+    """Betas of ``alpha^4 = snr / (1 + snr)`` with log-SNR quantiles of a Laplace distribution, as in diffusers."""
+    t = np.arange(n + 1) / n
+    log_snr = -0.5 * np.copysign(1.0, 0.5 - t) * np.log(1.0 - 2.0 * np.abs(0.5 - t) + 1e-6)
+    product = np.sqrt(1.0 / (1.0 + np.exp(-log_snr)))
+    return np.minimum(1.0 - product[1:] / product[:-1], 0.999)
