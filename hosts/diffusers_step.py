@@ -78,9 +78,11 @@ class Stepping(PerThread):
         if other:
             self._ignored(other)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
-            return self._step_rows(
-                model_output, timestep, sample, eta, generator, variance_noise, return_dict
-            )
+            if any(timestep.stride()):
+                return self._step_rows(
+                    model_output, timestep, sample, eta, generator, variance_noise, return_dict
+                )
+            timestep = timestep[0]  # one timestep, expanded
         run = self._run
         index = run.step_index
         if index is None:

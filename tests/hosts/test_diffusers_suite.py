@@ -246,6 +246,7 @@ DIFFERENT: dict[tuple[str, str], str] = {
     ("KDPM2AncestralDiscreteSchedulerTest", "test_full_loop_with_noise"): ROUNDING,
     ("KDPM2AncestralDiscreteSchedulerTest", "test_full_loop_no_noise"): ROUNDING,
     ("LMSDiscreteSchedulerTest", "test_full_loop_device_karras_sigmas"): ROUNDING,
+    ("SASolverSchedulerTest", "test_full_loop_device_karras_sigmas"): ROUNDING,
     ("LMSDiscreteSchedulerTest", "test_full_loop_with_noise"): MIDDLE,
     ("DPMSolverSinglestepSchedulerTest", "test_full_loop_with_noise"): MIDDLE,
     ("DPMSolverSinglestepSchedulerTest", "test_full_uneven_loop"): MIDDLE,
