@@ -10,6 +10,8 @@ PIP_ARGS ?=
 ARGS     ?=
 # Parallel pytest workers. Each computes on one thread, or they would fight for the cores.
 WORKERS  ?= 2
+# Versions of diffusers for `make matrix`.
+VERSIONS ?= 0.35 0.37 0.40
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -65,8 +67,8 @@ test: $(TEST)/.installed
 	OMP_NUM_THREADS=1 $(call python_in,$(TEST)) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # transformers 5 came between 0.37 and 0.40. The newest diffusers is in `make test`.
-matrix: .venv-diffusers-0.35/.installed .venv-diffusers-0.37/.installed .venv-diffusers-0.40/.installed
-	for version in 0.35 0.37 0.40; do \
+matrix: $(VERSIONS:%=.venv-diffusers-%/.installed)
+	for version in $(VERSIONS); do \
 	  $(pip_in_diffusers) --no-deps --no-build-isolation --force-reinstall . && rm -rf build fewstep.egg-info && \
 	  OMP_NUM_THREADS=1 .venv-diffusers-$$version/bin/python -m pytest -q $(ARGS) tests/hosts/test_diffusers_*.py || exit 1; \
 	done

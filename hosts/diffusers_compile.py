@@ -27,9 +27,12 @@ def _step(
     handle: int, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     previous, denoised = _SCHEDULERS[handle].step(output, timestep, sample, return_dict=False)
-    # An operator may not return what it was given.
-    inputs = {output.data_ptr(), sample.data_ptr()}
-    previous, denoised = (x.clone() if x.data_ptr() in inputs else x for x in (previous, denoised))
+    # An operator may not return what it was given, nor one tensor twice.
+    taken = {output.data_ptr(), sample.data_ptr()}
+    if previous.data_ptr() in taken:
+        previous = previous.clone()
+    if denoised.data_ptr() in taken | {previous.data_ptr()}:
+        denoised = denoised.clone()
     return previous, denoised
 
 

@@ -11,10 +11,10 @@ import diffusers
 
 from ..samplers import Solver, parse
 from ..schedules import schedule
-from ..schedules.diffusers_config import is_flow, source_of
+from ..schedules.diffusers_config import consistency_solver, is_flow, is_trigonometric, source_of
 from ..schedules.spec import suggestion
 from ..tuning import Recipe, load
-from .diffusers_plan import Settings
+from .diffusers_grid import Settings
 
 # The keys of our own config that decide about a noise schedule, a prediction or a grid.
 _READ = (
@@ -48,7 +48,15 @@ _READ = (
     "rho",
 )
 # Keys of other schedulers, kept in our config unseen, that tell how their class counts timesteps.
-_HIDDEN = ("solver_order", "predictor_order", "set_alpha_to_one", "variance_type", "algorithm_type")
+_HIDDEN = (
+    "solver_order",
+    "predictor_order",
+    "set_alpha_to_one",
+    "variance_type",
+    "algorithm_type",
+    "original_inference_steps",
+    "clip_denoised",
+)
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
@@ -101,6 +109,15 @@ def spelled_out(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
                 full.setdefault(name, p.default)
     if full.get("algorithm_type") == "deis" or "predictor_order" in full:
         full.setdefault("final_sigmas_type", "sigma_min")  # DEIS and SA-Solver have no such key and end there
+    if is_trigonometric(full):
+        full["prediction_type"] = "trigflow"
+    if str(full.get("_class_name")).startswith("TCD"):
+        full.setdefault("final_sigmas_type", "sigma_min")  # ends at the first training index
+    if "clip_denoised" in full:
+        full.setdefault("clip_sample", full["clip_denoised"])
+    solver = consistency_solver(full)
+    if solver is not None:
+        full.setdefault("solver", solver)
     merged = full | dict(given)
     source_of(merged)
     if is_flow(merged):

@@ -63,6 +63,7 @@ class Forward:
 
     _run: Any
     _source: Any
+    index_for_timestep: Any
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -86,6 +87,19 @@ class Forward:
             raise AttributeError(f"{name!r} belongs to discrete models, this one is {type(noise).__name__}")
         return noise
 
+    def previous_timestep(self, timestep: Any) -> torch.Tensor:
+        """The timestep after the one given on the way to no noise, -1 after the last."""
+        run = self._run
+        following = run.timesteps[self.index_for_timestep(timestep) + 1 :]
+        return following[0] if len(following) else torch.tensor(-1)
+
+    def _get_variance(self, timestep: Any, prev_timestep: Any = None) -> torch.Tensor:
+        """Variance of the reverse step of DDPM between two training indices, by default neighbours on the schedule."""
+        before = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
+        product = self.alphas_cumprod
+        now, then = product[int(timestep)], product[int(before)] if int(before) >= 0 else torch.tensor(1.0)
+        return (1 - then) / (1 - now) * (1 - now / then)
+
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
@@ -95,11 +109,12 @@ class Forward:
         that of the begin index before the first step and that of the next evaluation after it.
         """
         run = self._run
+        source = self._source() if run.plan is None else run.plan.source
         if run.begin_index is None or run.plan is None:
-            source = self._source() if run.plan is None else run.plan.source
             alpha, sigma = coefficients(source, timesteps, original_samples)
         else:
             _, alpha, sigma = run.plan.nodes[run.begin_index if run.step_index is None else run.step_index]
+        sigma = sigma * source.noise_scale
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_noise(

@@ -5,7 +5,6 @@ A plan is immutable and shared by every scheduler with the same settings. It kno
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,26 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..samplers import Combine, Evaluate, Program, Solver, compile, parse
-from ..schedules import Node, TimeGrid, make_grid
-from ..schedules.diffusers_config import (
-    Source,
-    final_level,
-    is_default_sigmas,
-    native_levels,
-    source_of,
-    stretched,
-)
+from ..samplers import Combine, Evaluate, Program, Solver, compile
+from ..schedules import Node, TimeGrid
+from ..schedules.diffusers_config import Source
 from ..schedules.noise import Array
 from ..schedules.parametrization import Prediction
-from ..tuning import Recipe
+from .diffusers_grid import VANISHING, Request, answer, by_evaluations, grid_of
 from .diffusers_program import chained, first_order, hosted
-
-VANISHING = 1e-9
-"""The relative length of a step that a host wants to have none: its evaluation still corrects the state."""
-
-Settings = tuple[tuple[str, Any], ...]
-"""The items of a scheduler config that matter for a plan, hashable."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,7 @@ class Plan:
     grid: TimeGrid
     timesteps: Array
     prediction: Prediction
+    integer_timesteps: bool = False
     _starts: dict[Any, Start] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: object) -> Plan:
@@ -83,6 +70,36 @@ class Plan:
             levels = np.array([n.sigma for n in self.nodes])
             return 1.0 - levels if self.source.inverted else levels
         return np.array([n.ratio for n in self.nodes])
+
+    @cached_property
+    def calls(self) -> int:
+        """How often ``step`` is called."""
+        return len(self.timesteps)
+
+    @cached_property
+    def feeds_output(self) -> bool:
+        """Whether the program is fed the network's output as it is."""
+        return self.prediction != "denoised" and self.source.output_sign == 1.0
+
+    @cached_property
+    def looks_back(self) -> bool:
+        """Whether a step has to look at what the host has made of the state in between."""
+        return self.keeps_states or self.source.sigma_data is not None
+
+    @cached_property
+    def published(self) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps (int64 if whole indices, else float32) and sigmas (float32) as hosts see them."""
+        times, by_index = self.timesteps, self.source.clock == "index"
+        if self.source.clock == "angle":  # pipelines of this flow leave off the last
+            times = np.append(times, self.source.timesteps(self.grid.level[-1]))
+        whole = by_index and (self.integer_timesteps or not np.any(times % 1.0))
+        kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
+        return kind, self.sigmas.astype(np.float32)
+
+    @cached_property
+    def clean(self) -> int:
+        """The evaluation whose step ends without noise, -1 if there is none."""
+        return self.program.nfe - 1 if self.grid.sigma[-1] == 0.0 and self.source.sigma_data is None else -1
 
     @cached_property
     def keeps_states(self) -> bool:
@@ -171,7 +188,7 @@ class Plan:
             raise ValueError(
                 f"solver {self.solver.spec!r} evaluates elsewhere than on the grid; its sigmas cannot be changed"
             )
-        grid = _grid(self.source, levels, self.grid.t)
+        grid = grid_of(self.source, levels, self.grid.t)
         plan = replace(self, grid=grid, _starts={})
         if len(plan.nodes) != len(self.nodes):
             raise ValueError(
@@ -181,105 +198,22 @@ class Plan:
         return plan
 
 
-def _grid(source: Source, levels: Array, times: Array) -> TimeGrid:
-    return TimeGrid(times, *source.noise_schedule.alpha_sigma_at(levels), source.noise_schedule)
-
-
 @lru_cache(maxsize=128)
-def make_plan(
-    settings: Settings,
-    solver: str,
-    schedule: str | None,
-    denoised: bool,
-    steps: int | None,
-    mu: float | None,
-    sigmas: tuple[float, ...] | None,
-    timesteps: tuple[float, ...] | None,
-    recipe: str | None = None,
-) -> Plan:
-    """The plan for one ``set_timesteps``; see :class:`fewstep.hosts.diffusers.FewStepScheduler` for the arguments.
+def make_plan(request: Request) -> Plan:
+    """The plan for one ``set_timesteps``.
 
-    With ``denoised`` the program is fed x_0 (clipping, EDM preconditioning), otherwise the network's own prediction.
-    The JSON of a ``recipe`` replaces solver, schedule and the host's levels.
+    Raises ValueError for what the levels, the solver or the host's way of running it do not allow, before the network
+    is called.
     """
-    config = dict(settings)
-    chosen = parse(solver)
-    n = _count(steps, sigmas, timesteps)
-    source = source_of(config, mu=mu)
-    if source.prediction == "flow" and config.get("use_dynamic_shifting") and mu is None:
-        raise ValueError(
-            "set_timesteps needs mu (pipelines compute it from the image size): use_dynamic_shifting is set"
-        )
-    if schedule is not None and sigmas is not None and source.clock == "sigma" and is_default_sigmas(sigmas):
-        # The pipeline sends these although nobody asked for them; the schedule that somebody did ask for counts.
-        sigmas = timesteps = None
-    noise = source.noise_schedule
-    if recipe is not None:
-        tuned = Recipe.from_dict(json.loads(recipe))
-        if n != tuned.nfe:
-            raise ValueError(
-                f"this recipe is for {tuned.nfe} evaluations: num_inference_steps must be that, got {n}"
-            )
-        prediction = "denoised" if denoised else source.prediction
-        plan = Plan(source, tuned.solver, tuned.grid(noise), np.empty(0), prediction)
-        return replace(plan, timesteps=_published(plan, None))
-    told: Array | None = None
-    if sigmas is not None and source.clock != "sigma":
-        levels = np.asarray(sigmas, dtype=np.float64)
-        end = 0.0
-        if len(levels) > 1 and levels[-1] in (0.0, levels[-2]):  # Euler sends the level of the end as well
-            levels, end, n = levels[:-1], float(levels[-1]), n - 1
-        told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
-    elif timesteps is not None and sigmas is None:
-        told = np.asarray(timesteps, dtype=np.float64)
-        last = source.train_steps - (source.clock == "index")
-        if source.clock in ("index", "sigma") and not np.all((told >= 0) & (told <= last)):
-            raise ValueError(f"timesteps must lie in [0, {last}], got {told.min():g} to {told.max():g}")
-        levels = source.levels(told)
-        end = final_level(config, source, levels)
-    elif schedule is not None and sigmas is None:
-        levels, end = make_grid(noise, n, schedule).level[:-1], 0.0
-        if noise.frame == "flow":
-            levels = stretched(config, levels)
-    else:
-        if sigmas is not None and len(sigmas) > 1 and sigmas[-1] == 0.0 and sigmas[0] != 0.0:
-            sigmas, n = sigmas[:-1], n - 1
-        levels = native_levels(config, source, n, sigmas=sigmas)
-        end = final_level(config, source, levels)
-        told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
-    if told is not None and len(told) != n:
-        raise ValueError(f"timesteps and sigmas must have the same length, got {len(told)} and {n}")
-    if end == levels[-1]:  # the model's config may ask for a last step of length zero
-        end = 0.0 if len(levels) == 1 else end * (1.0 - VANISHING)
-    nodes = np.append(levels, end)
-    try:
-        grid = TimeGrid.from_levels(noise, nodes)
-        if told is not None and source.clock == "index":
-            grid = _grid(source, nodes, np.append(told, grid.t[-1]))
-    except ValueError as error:
-        name = "the given" if told is not None or sigmas else schedule or "the model's own"
-        raise ValueError(f"{name} schedule with {n} steps: {error}") from None
-    plan = Plan(source, chosen, grid, np.empty(0), "denoised" if denoised else source.prediction)
-    plan = replace(plan, timesteps=_published(plan, told))
-    assert plan.denoised  # raises now, before the network is called
+    if request.count_evaluations:
+        request = by_evaluations(request)
+    found = answer(request)
+    prediction = "denoised" if request.denoised else found.source.prediction
+    whole = request.integer_timesteps
+    plan = Plan(found.source, found.solver, found.grid, np.empty(0), prediction, whole)
+    plan = replace(plan, timesteps=_published(plan, found.told))
+    assert plan.denoised
     return plan
-
-
-def _count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
-    if steps is not None and (
-        isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1
-    ):
-        raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
-    lengths = {len(v) for v in (sigmas, timesteps) if v is not None}
-    if steps is None and not lengths:
-        raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
-    if 0 in lengths:
-        raise ValueError("timesteps and sigmas must not be empty")
-    if len(lengths) > 1:
-        raise ValueError(f"timesteps and sigmas must have the same length, got {sorted(lengths)}")
-    if steps is not None and lengths and steps not in lengths and steps + 1 not in lengths:
-        raise ValueError(f"num_inference_steps is {steps}, but {lengths.pop()} timesteps or sigmas are given")
-    return lengths.pop() if lengths else int(steps or 0)
 
 
 def _published(plan: Plan, told: Array | None) -> Array:

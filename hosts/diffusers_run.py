@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +30,8 @@ class FewStepSchedulerOutput(BaseOutput):
 class Result(tuple):
     """``(prev_sample, pred_original_sample)``; the second is computed when it is asked for, which is rarely."""
 
-    def __new__(cls, previous: torch.Tensor, denoised: Any) -> Result:
-        self = super().__new__(cls, (previous, None))
-        self.denoised = denoised
-        return self
+    denoised: Any
+    """x_0 or the function that computes it."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(0) if index == 0 else tuple(self)[index]
@@ -51,16 +50,28 @@ def resolved(denoised: Any) -> Any:
 class Draws:
     """Noise as diffusers draws it: from the pipeline's generators, in the order of the steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
         self.generator: Any = None
         self.given: torch.Tensor | None = None
         self.dtype: torch.dtype | None = None
 
+    @contextmanager
+    def from_(self, generator: Any, given: torch.Tensor | None, dtype: torch.dtype) -> Iterator[None]:
+        """Draw from a generator, or take what is given first. Generators can be neither copied nor pickled."""
+        self.generator, self.given, self.dtype = generator, given, dtype
+        try:
+            yield
+        finally:
+            self.generator = self.given = None
+
     def __call__(self, like: torch.Tensor, start: Node, stop: Node) -> torch.Tensor:
         if self.given is not None:
-            given, self.given = self.given, None
-            return given.to(like.device)
-        return randn_tensor(tuple(like.shape), generator=self.generator, device=like.device, dtype=self.dtype)
+            noise, self.given = self.given.to(like.device), None
+        else:
+            shape = tuple(like.shape)
+            noise = randn_tensor(shape, generator=self.generator, device=like.device, dtype=self.dtype)
+        return noise if self.scale == 1.0 else self.scale * noise
 
 
 class History(Sequence):
@@ -98,10 +109,21 @@ class Run:
     stepper: Stepper | None = None
     draws: Draws | None = None
     before: Stepper | None = None
+    plain: bool = False
+    """Whether a step is nothing but the program's."""
+    keeps_float32: bool = False
     rounded: tuple[torch.Tensor, torch.Tensor] | None = None
     """The 16-bit state that was returned and what it was before it was rounded."""
     rows: list[Run] | None = None
     """A run for each sample, where a batch has several timesteps at once."""
+    copied: bool = False
+    """Whether this is a copy that has not gone on yet: the host holds the tensors of the original."""
+
+    def handed_back(self, sample: torch.Tensor, returned: torch.Tensor) -> bool:
+        """Whether a host gives back what it was given; after a copy in mid-run the values are compared, once."""
+        if sample is returned or sample.data_ptr() == returned.data_ptr():
+            return True
+        return self.copied and sample.shape == returned.shape and torch.equal(sample, returned)
 
 
 class PerThread:
@@ -122,7 +144,9 @@ class PerThread:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_threads"}
-        return state | {"_latest": self._run}
+        run = replace(self._run, copied=True)
+        run.rows = None if run.rows is None else [replace(row, copied=True) for row in run.rows]
+        return state | {"_latest": run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _threads=threading.local(), _handle=handle_of(self))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
-from ..samplers import Solver, Stepper
-from ..schedules import conversion
+from ..samplers import Solver
 from ..schedules.diffusers_config import Source, source_of
-from ..schedules.spec import suggestion
 from ..tuning import Recipe
-from .diffusers_compile import compiled_step, handle_of
+from .diffusers_compile import handle_of
 from .diffusers_config import canonical, reject_unknown, settings_of, spelled_out
-from .diffusers_noise import Forward, affine, from_numpy, numbers
-from .diffusers_plan import Plan, Settings, make_plan
-from .diffusers_run import Draws, FewStepSchedulerOutput, PerThread, Result, Run, resolved
+from .diffusers_grid import Request, Settings
+from .diffusers_noise import Forward, from_numpy, numbers
+from .diffusers_plan import make_plan
+from .diffusers_run import Run
+from .diffusers_step import Stepping
 
 # What loaders of pipelines pass to every component.
 _LOADER = {
@@ -39,7 +37,7 @@ _LOADER = {
 }
 
 
-class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
+class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
     """Every fewstep solver and schedule as a scheduler for diffusers pipelines.
 
     ::
@@ -54,6 +52,9 @@ class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
             flow pipelines always send, ``1 - i/n``; any other sigmas are used as given.
         integer_timesteps: round timesteps of discrete models, for networks that accept integers only. Sigmas are not
             rounded with them.
+        count_evaluations: let ``num_inference_steps`` be the number of network evaluations instead of steps, for
+            solvers that have more or fewer (``heun``, ``+restart``, ``+skip``): equal numbers cost the same then, and
+            a pipeline's progress bar, which counts evaluations up to that number, is exact.
         recipe: file written by ``fewstep tune``, or its content: replaces ``solver``, ``schedule`` and the sigmas that
             a pipeline sends; ``num_inference_steps`` must be the recipe's. A run that begins in the middle of the
             levels (image to image) steps through the rest of them with DPM-Solver++(2M).
@@ -133,6 +134,7 @@ class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
         solver: str | Solver = "unipc",
         schedule: str | None = None,
         integer_timesteps: bool = False,
+        count_evaluations: bool = False,
         recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
         keep_float32: bool = False,
         **unknown: Any,
@@ -216,6 +218,11 @@ class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | torch.Tensor | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
         mu: float | None = None,
+        *,
+        max_timesteps: float | None = None,
+        intermediate_timesteps: float | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
     ) -> None:
         """Decide where the network is evaluated, and forget the run before.
 
@@ -226,48 +233,57 @@ class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
             sigmas: the noise levels instead, decreasing, with or without a 0 at the end. On flow models they are
                 shifted as the config says. With both, sigmas drive the solver and timesteps go to the network.
             mu: the parameter of a dynamic shift.
+            max_timesteps, intermediate_timesteps: first angle and, of two steps, second one of a trigonometric flow;
+                custom ``timesteps`` there have the angle of the end too.
+            original_inference_steps, strength: of LCM and TCD, the number of timesteps that the network was distilled
+                at, and how much of them an image-to-image run uses.
 
         Raises ValueError for steps < 1, levels that do not decrease, lists of different lengths, a prediction that
         says nothing at the first level (epsilon at zero terminal SNR) and solvers that a pipeline cannot host.
         """
         values = self._values
-        plan = make_plan(
+        recipe = values.get("recipe")
+        request = Request(
             self._settings(),
             values["solver"],
             values["schedule"],
             self._denoises(),
+            values["integer_timesteps"],
+            values["count_evaluations"],
+            None if recipe is None else json.dumps(recipe, sort_keys=True),
             num_inference_steps,
             None if mu is None else float(mu),
             numbers(sigmas),
             numbers(timesteps),
-            None if values.get("recipe") is None else json.dumps(values["recipe"], sort_keys=True),
+            max_timesteps,
+            intermediate_timesteps,
+            original_inference_steps,
+            strength,
         )
-        run = Run(*self._published(plan, device), plan, plan.grid.steps)
+        plan = make_plan(request)
+        # A host may write to sigmas outside of the mode that it called us in.
+        with torch.inference_mode(False):
+            times, levels = (from_numpy(array.copy()) for array in plan.published)
+            count = plan.calls if values["count_evaluations"] else plan.grid.steps
+            run = Run(times.to(device), levels, plan, count)
         self._threads.run = self._latest = run
 
     def _denoises(self) -> bool:
         """Whether the program is fed x_0: models with preconditioning, and clipping of x_0."""
-        values = self._values
-        if self._clips or values["thresholding"]:
-            return True
-        return values["sigma_data"] is not None and self._source().sigma_data is not None
+        return self._clips or (
+            self._values["sigma_data"] is not None and self._source().sigma_data is not None
+        )
 
     @property
     def _clips(self) -> bool:
-        # CogVideoX's classes have the key, true by default, and do not clip: latents are not bounded.
-        return bool(self._values["clip_sample"]) and self._values["snr_shift_scale"] is None
+        values = self._values
+        # CogVideoX's classes have clip_sample, true by default, and do not clip: latents are not bounded.
+        clips = values["clip_sample"] and values["snr_shift_scale"] is None
+        return bool(values["thresholding"] or clips)
 
-    def _published(self, plan: Plan, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        times = plan.timesteps
-        whole = plan.source.clock == "index" and (
-            self._values["integer_timesteps"] or not np.any(times % 1.0)
-        )
-        # A host may write to sigmas outside of the mode that it called us in.
-        with torch.inference_mode(False):
-            kind = np.rint(times).astype(np.int64) if whole else times.astype(np.float32)
-            return from_numpy(kind).to(device), from_numpy(plan.sigmas.astype(np.float32))
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: Any = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
         """The state as the network wants it: unchanged, for EDM models ``x / sqrt(sigma^2 + sigma_data^2)``."""
         run = self._run
         if run.plan is None or run.plan.source.sigma_data is None:
@@ -280,271 +296,3 @@ class FewStepScheduler(PerThread, Forward, SchedulerMixin, ConfigMixin):
         if index is None:
             index = self._first_index(timestep)
         return sample * run.plan.source.input_scale(float(run.plan.sigmas[index]))
-
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
-        return_dict: bool = True,
-        pred_original_sample: torch.Tensor | None = None,
-        **other: Any,
-    ) -> FewStepSchedulerOutput | tuple:
-        """Go to the next evaluation (or, after the last, to the result).
-
-        Args:
-            model_output: the network's output for ``sample`` at ``timestep``, of the sample's shape.
-            timestep: one of ``timesteps``; looked at in the first step only, and only if no begin index was set. With
-                one timestep for each sample every sample has its own run, and the timesteps are read in every step.
-            sample: the current state. If it is not what the step before returned, the new one is used; what a solver
-                remembers of earlier steps stays.
-            eta: if positive, replaces the option of that name of the solver (``ddim``, ``euler_ancestral``).
-            generator: source of the noise of stochastic solvers, one or one a sample.
-            variance_noise: the noise of this step instead of a draw.
-            return_dict: return an object instead of a tuple.
-            pred_original_sample: the prediction of x_0 instead of what ``model_output`` says.
-
-        Returns:
-            ``(prev_sample, pred_original_sample)``, shape of ``sample``, dtype the promotion of both inputs.
-        """
-        if torch.compiler.is_compiling():
-            if generator is not None or variance_noise is not None or pred_original_sample is not None or eta:
-                raise ValueError("a compiled step takes model_output, timestep, sample and return_dict")
-            return compiled_step(self._handle, model_output, timestep, sample, return_dict)
-        if other:
-            self._ignored(other)
-        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
-            return self._step_rows(
-                model_output, timestep, sample, eta, generator, variance_noise, return_dict
-            )
-        run = self._run
-        plan = run.plan
-        if plan is None:  # as published so far: every training step
-            run = self._train_steps(run)
-            plan = run.plan
-            assert plan is not None
-        if run.step_index is None:
-            plan = self._begin(run, timestep, eta)
-        index = run.step_index
-        assert index is not None
-        if index >= len(plan.timesteps):
-            raise ValueError(
-                f"the run of {len(plan.timesteps)} evaluations is over; call set_timesteps() to start another"
-            )
-        if model_output.shape != sample.shape:
-            model_output = self._mean(model_output, sample)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        fed, denoised = self._prediction(plan, index, model_output, sample, pred_original_sample)
-        previous = self._advance(run, plan, fed, sample, generator, variance_noise, model_output.dtype)
-        run.step_index = index + 1
-        if previous.dtype != dtype:
-            exact, previous = previous, previous.to(dtype)
-            run.rounded = (previous, exact) if self._values["keep_float32"] else None
-        if return_dict:
-            return FewStepSchedulerOutput(previous, resolved(denoised))
-        return Result(previous, denoised)
-
-    def _step_rows(
-        self,
-        model_output: torch.Tensor,
-        timesteps: torch.Tensor,
-        sample: torch.Tensor,
-        eta: float,
-        generator: Any,
-        variance_noise: torch.Tensor | None,
-        return_dict: bool,
-    ) -> FewStepSchedulerOutput | tuple:
-        """A step of every sample at its own timestep; one that does not follow its last begins anew."""
-        run, count = self._run, sample.shape[0]
-        if timesteps.numel() != count:
-            raise ValueError(f"step() takes one timestep or one for each of {count}, got {timesteps.numel()}")
-        if run.plan is None:
-            run = self._train_steps(run)
-        rows = run.rows
-        if rows is None or len(rows) != count:
-            rows = run.rows = [replace(run, step_index=None, stepper=None, rows=None) for _ in range(count)]
-        results = []
-        try:
-            for i, t in enumerate(timesteps.reshape(-1).tolist()):
-                self._threads.run = row = rows[i]
-                if not self._follows(row, t):
-                    row.step_index, row.stepper, row.begin_index = None, None, self.index_for_timestep(t)
-                drawn = generator[i] if isinstance(generator, list) else generator
-                given = None if variance_noise is None else variance_noise[i : i + 1]
-                part = slice(i, i + 1)
-                out = self.step(model_output[part], t, sample[part], eta, drawn, given, return_dict=False)
-                results.append((out[0], out[1]))
-        finally:
-            self._threads.run = run
-        previous, denoised = (torch.cat(parts) for parts in zip(*results))
-        return FewStepSchedulerOutput(previous, denoised) if return_dict else (previous, denoised)
-
-    def _follows(self, run: Run, timestep: float) -> bool:
-        """Whether a timestep is that of the next evaluation."""
-        if run.step_index is None or run.plan is None or run.step_index >= len(run.plan.timesteps):
-            return False
-        tolerance = 1e-6 * (1.0 + abs(timestep)) + 0.5 * self._values["integer_timesteps"]
-        return abs(run.plan.timesteps[run.step_index] - timestep) <= tolerance
-
-    def _train_steps(self, run: Run) -> Run:
-        self.set_timesteps(timesteps=run.timesteps)
-        self._run.begin_index = run.begin_index
-        return self._run
-
-    def _begin(self, run: Run, timestep: Any, eta: float) -> Plan:
-        """Start the run at the first timestep that is seen; the plan may have been edited."""
-        plan = run.plan
-        assert plan is not None
-        sigmas = run.sigmas.tolist()
-        if sigmas != plan.sigmas.astype(np.float32).tolist():
-            plan = run.plan = plan.edited(sigmas)
-        index = self._first_index(timestep)
-        options = {}
-        if eta:
-            if "eta" not in plan.solver.declaration.options:
-                raise ValueError(
-                    f"solver {plan.solver.spec!r} has no eta; use one that has, such as 'ddim' or 'euler_ancestral'"
-                )
-            options["eta"] = float(eta)
-        start = plan.start(index, options)
-        run.step_index = index
-        if start.lead:
-            self._warn(
-                "stage",
-                f"solver {plan.solver.spec!r} was started at evaluation {index}, between the stages of a step; it "
-                f"begins at {index + start.lead}, after first-order steps",
-            )
-        run.draws = Draws()
-        # The registers are filled when the first prediction comes.
-        run.stepper = Stepper(start.program, torch.empty(0), run.draws, check=False)
-        return plan
-
-    def _advance(
-        self,
-        run: Run,
-        plan: Plan,
-        fed: torch.Tensor,
-        sample: torch.Tensor,
-        generator: Any,
-        variance_noise: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        if self._values["keep_float32"] and sample.dtype in (torch.float16, torch.bfloat16):
-            # Solvers that keep states keep them in fp32 too.
-            returned = run.rounded is not None and sample is run.rounded[0]
-            sample = run.rounded[1] if returned and run.rounded else sample.float()
-        stepper, draws = run.stepper, run.draws
-        assert stepper is not None and draws is not None
-        if plan.source.sigma_data is not None:
-            # Cosmos evaluates x_0 with a trial step, of a batch that guidance has doubled, and takes it back.
-            run.before = stepper.fork()
-            if stepper.evaluations and sample.shape != stepper.x.shape:
-                return sample
-        if stepper.evaluations and sample is not stepper.x and plan.keeps_states:
-            if sample.data_ptr() != stepper.x.data_ptr():
-                self._warn(
-                    "edit",
-                    f"the latents were replaced between two steps; solver {plan.solver.spec!r} goes on from an earlier "
-                    "state too, which it cannot change. 'dpmpp_2m', 'deis' or 'euler' use the new latents throughout",
-                )
-        stepper.x = sample
-        draws.generator, draws.given, draws.dtype = generator, variance_noise, dtype
-        try:
-            return stepper.step(fed)
-        finally:
-            draws.generator = draws.given = None  # generators can be neither copied nor pickled
-
-    def _prediction(
-        self, plan: Plan, index: int, output: torch.Tensor, sample: torch.Tensor, given: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Any]:
-        """What the program is fed; x_0, or a function that computes it."""
-
-        def denoised() -> torch.Tensor:
-            c_x, c_m = plan.denoised[index]
-            return affine(c_x, sample, c_m, output)
-
-        if given is not None:
-            if plan.prediction == "denoised":
-                return given, given
-            c_x, c_m = conversion("denoised", plan.prediction, plan.nodes[index])
-            return affine(c_x, sample, c_m, given), given
-        if plan.prediction == "denoised":
-            x_0 = self._clipped(denoised())
-            return x_0, x_0
-        return (output if plan.source.output_sign == 1.0 else -output), denoised
-
-    def _clipped(self, x_0: torch.Tensor) -> torch.Tensor:
-        values = self._values
-        if values["thresholding"]:
-            # Dynamic thresholding: clip to a quantile of |x_0| and rescale to 1 (Saharia et al., Imagen,
-            # https://arxiv.org/abs/2205.11487).
-            wide = x_0.float().flatten(1)
-            bound = torch.quantile(wide.abs(), values["dynamic_thresholding_ratio"], dim=1, keepdim=True)
-            bound = bound.clamp(1.0, values["sample_max_value"])
-            return (wide.clamp(-bound, bound) / bound).reshape(x_0.shape).to(x_0.dtype)
-        bound = values["clip_sample_range"]
-        return x_0.clamp(-bound, bound) if self._clips else x_0
-
-    def _mean(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """The mean of networks that predict a variance too; no solver here uses the variance."""
-        halves = output.ndim == sample.ndim > 1 and output.shape[1] == 2 * sample.shape[1]
-        if halves and output.shape[0] == sample.shape[0] and output.shape[2:] == sample.shape[2:]:
-            return output[:, : sample.shape[1]]
-        raise ValueError(
-            f"model_output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}; they must be equal"
-        )
-
-    def _ignored(self, other: dict[str, Any]) -> None:
-        """Arguments of other schedulers' ``step`` that pipelines pass literally."""
-        unknown = {k: v for k, v in other.items() if k != "use_clipped_model_output"}
-        if unknown:
-            allowed = [*inspect.signature(self.step).parameters][:-1]
-            hint = suggestion(next(iter(unknown)), allowed)
-            names = ", ".join(map(repr, unknown))
-            raise TypeError(f"step() has no argument {names}; allowed: {', '.join(allowed)}{hint}")
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=4)
-
-    # -- positions -------------------------------------------------------------------------------------------------
-
-    def _first_index(self, timestep: Any) -> int:
-        """The evaluation that the first step is: what the pipeline said, or the place of the timestep."""
-        run = self._run
-        return self.index_for_timestep(timestep) if run.begin_index is None else run.begin_index
-
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
-        """The evaluation that a timestep belongs to; of equal ones the first where a run can start.
-
-        An element of ``timesteps`` is recognised by its place in memory, so that no value is read from the device.
-        """
-        run = self._run
-        if isinstance(timestep, torch.Tensor):
-            if timestep.numel() != 1:
-                raise ValueError(f"step() takes one timestep for the whole batch, got {timestep.numel()}")
-            own = run.timesteps
-            if timestep.dtype == own.dtype and timestep.device == own.device:
-                offset = timestep.data_ptr() - own.data_ptr()
-                if own.data_ptr() and 0 <= offset < own.numel() * own.element_size() and own.is_contiguous():
-                    return offset // own.element_size()
-            timestep = timestep.item()
-        times = run.timesteps.numpy(force=True) if run.plan is None else run.plan.timesteps
-        distance = np.abs(times - float(timestep))
-        if run.plan is not None and self._values["integer_timesteps"]:
-            distance = np.minimum(distance, np.abs(np.rint(times) - float(timestep)))
-        nearest = np.flatnonzero(distance <= distance.min() + 1e-6 * (1.0 + abs(float(timestep))))
-        if run.plan is not None:
-            spacing = np.abs(np.diff(times)).max() if len(times) > 1 else np.inf
-            if distance.min() > spacing:
-                self._warn(
-                    "place", f"timestep {float(timestep):g} is not on the schedule; the nearest is used"
-                )
-            for i in nearest:
-                if len(nearest) > 1 and run.plan.begins(int(i)):
-                    return int(i)
-        return int(nearest[0])

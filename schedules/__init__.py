@@ -3,7 +3,7 @@
 from . import index_spacings, level_spacings, published_spacings  # noqa: F401  (they register themselves)
 from .diffusers_config import from_diffusers, prediction_of
 from .grid import Node, TimeGrid
-from .noise import EDM, VP, Flow, NoiseSchedule, Table, VPContinuous
+from .noise import EDM, VP, Flow, NoiseSchedule, Table, Trigonometric, VPContinuous
 from .parametrization import PREDICTIONS, conversion
 from .spacing import Spacing, make_grid, schedule, schedules
 
@@ -17,6 +17,7 @@ __all__ = [
     "Spacing",
     "Table",
     "TimeGrid",
+    "Trigonometric",
     "VPContinuous",
     "conversion",
     "from_diffusers",

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .beta_distribution import beta_quantile
-from .noise import VP, Array, Flow, NoiseSchedule
+from .noise import VP, Array, Flow, NoiseSchedule, Trigonometric
 from .spacing import spacing
 
 
@@ -17,6 +17,8 @@ def at_index(noise_schedule: NoiseSchedule, index: ArrayLike) -> Array:
         return noise_schedule.shifted((i + 1.0) / len(levels))
     if isinstance(noise_schedule, VP):
         return noise_schedule.level(i)
+    if isinstance(noise_schedule, Trigonometric):
+        return noise_schedule.level((i + 1.0) * (0.5 * np.pi / len(levels)))
     return np.exp(np.interp(i, np.arange(len(levels)), np.log(levels)))
 
 

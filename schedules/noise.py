@@ -222,6 +222,29 @@ class VPContinuous(NoiseSchedule):
 
 
 @dataclass(frozen=True)
+class Trigonometric(NoiseSchedule):
+    """Trigonometric flow: alpha = cos t, sigma = sin t, t in (0, pi / 2]; the network predicts v.
+
+    Lu and Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
+    https://arxiv.org/abs/2410.11081. The state is x_t / sigma_data in their words. ``train_levels`` are those of ``n``
+    uniform angles; the last has no signal.
+    """
+
+    n: int = 1000
+
+    @cached_property
+    def train_levels(self) -> Array:
+        return self.level(np.arange(1, self.n + 1) * (0.5 * math.pi / self.n))
+
+    def level(self, t: ArrayLike) -> Array:
+        t = _array(t)
+        return np.where(t < 0.5 * math.pi - 1e-15, np.tan(t), np.inf)
+
+    def time(self, level: ArrayLike) -> Array:
+        return np.arctan(_array(level))
+
+
+@dataclass(frozen=True)
 class EDM(NoiseSchedule):
     """Variance exploding schedule of EDM: alpha = 1, t = sigma.
 

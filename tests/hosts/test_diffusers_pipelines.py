@@ -391,24 +391,40 @@ def test_a_pipeline_is_told_what_cannot_be_run() -> None:
         case.call(dressed(case, solver="dpmpp_2m+restart", timestep_spacing="trailing"), 6)
 
 
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "plms", "dpmpp_2m+restart", "unipc+skip"])
-def test_progress(solver: str) -> None:
-    """The bar is full at the end, whatever a step costs; where evaluations are left out it stops as much earlier."""
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "plms", "dpmpp_2m+restart:t_max=3", "unipc+skip"])
+def test_progress(solver: str, counted: bool) -> None:
+    """The bar is full at the end, whatever a step costs; where evaluations are left out it stops as much earlier.
+
+    Counted in evaluations it is exact.
+    """
     case = CASES["sd"]
-    pipe = dressed(case, solver=solver)
+    steps = 19 if counted else 8
+    pipe = dressed(case, solver=solver, count_evaluations=counted)
     bars: list[Any] = []
     make_bar = type(pipe).progress_bar
     pipe.progress_bar = lambda *a, **kw: bars.append(make_bar(pipe, *a, **kw)) or bars[-1]
     pipe.set_progress_bar_config(disable=False, file=io.StringIO())
     try:
-        case.call(pipe, 8)
+        case.call(pipe, steps)
     finally:
         pipe.set_progress_bar_config(disable=True)
         del pipe.progress_bar
     evaluations = len(pipe.scheduler.timesteps)
     assert pipe.num_timesteps == evaluations
-    assert pipe.scheduler.num_inference_steps == bars[0].total == 8
-    assert bars[0].n == min(8, evaluations)
+    assert pipe.scheduler.num_inference_steps == bars[0].total == steps
+    assert bars[0].n == min(steps, evaluations)
+    assert not counted or evaluations == steps
+
+
+def test_evaluations_are_counted_where_pipelines_send_levels() -> None:
+    case = CASES["flux"]
+    for solver, steps in (("heun", 5), ("unipc+skip", 9)):
+        pipe = dressed(case, solver=solver, count_evaluations=True)
+        case.call(pipe, steps)
+        assert len(pipe.scheduler.timesteps) == steps
+    with pytest.raises(ValueError, match="nearest budgets: 5 and 7"):
+        case.call(dressed(case, solver="heun", count_evaluations=True), 6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.schedules import EDM, VP, Flow, Table, VPContinuous
+from fewstep.schedules import EDM, VP, Flow, Table, Trigonometric, VPContinuous
 
 ALL = [
     VP.linear(),
@@ -12,6 +12,7 @@ ALL = [
     VP.trained(np.linspace(1e-4, 0.05, 200)),
     VP.scaled_linear(zero_terminal_snr=True),
     VPContinuous(),
+    Trigonometric(),
     EDM(),
     Flow(),
     Flow(3.0),
