@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Method = Callable[..., Any]
 """``method(self, original, *args, **kwargs)`` in the place of a method that is ``original(*args, **kwargs)``."""
+
+Methods = Mapping[str, Method]
 
 _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 HOOK = "fewstep_guidance"
@@ -21,7 +23,7 @@ HANDLE = "_fewstep_guidance"
 """Where a pipeline keeps its handle; copies and pickles do not."""
 
 
-def swap(obj: Any, methods: dict[str, Method]) -> None:
+def swap(obj: Any, methods: Methods) -> None:
     """Give an object other methods; several users may do so with the same ones.
 
     A module whose class cannot be replaced gets a hook of diffusers around its forward instead, which then is part of

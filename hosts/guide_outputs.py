@@ -22,6 +22,13 @@ class Template:
 
     def __init__(self) -> None:
         self.output: Any = None
+        self.names: tuple[str, ...] = ()
+        self.listed = False
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network has run."""
+        return self.output is not None
 
     def learn(self, output: Any) -> None:
         """Keep the form, not the tensors."""
