@@ -7,6 +7,7 @@ original class.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -76,6 +77,8 @@ def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
         function, arguments, *rest = made
         if rest and isinstance(rest[0], dict) and HANDLE in rest[0]:
             rest[0] = {k: v for k, v in rest[0].items() if k != HANDLE}
+        if function is copyreg.__newobj__:  # pickle insists on the object's own class there
+            function = _new
         return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
 
     body["__reduce_ex__"] = reduce
@@ -83,6 +86,10 @@ def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
         if hasattr(base, name):
             body[name] = _replaced(getattr(base, name), method)
     return type(base)(base.__name__, (base,), body)
+
+
+def _new(cls: Any, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 def _replaced(original: Any, method: Method) -> Any:

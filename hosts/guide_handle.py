@@ -84,7 +84,9 @@ class Handle:
         self.remove()
 
     def _networks(self) -> list[Any]:
-        modules = [m for name in DENOISERS if isinstance(m := getattr(self.pipe, name, None), torch.nn.Module)]
+        modules = [
+            m for name in DENOISERS if isinstance(m := getattr(self.pipe, name, None), torch.nn.Module)
+        ]
         if not modules:
             raise ValueError(
                 f"{type(self.pipe).__name__} has no network that guidance knows (one of {', '.join(DENOISERS)})"
@@ -125,7 +127,9 @@ class Handle:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         guidance = [self._effective(self.guidance, bound.arguments)]
-        guidance += [self._effective(self.audio or self.guidance, bound.arguments) for _ in self.layout.streams]
+        guidance += [
+            self._effective(self.audio or self.guidance, bound.arguments) for _ in self.layout.streams
+        ]
         for chosen in guidance:
             check_pipeline(self.pipe, self.layout, chosen, bound.arguments)
         self._attach()

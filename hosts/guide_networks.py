@@ -308,4 +308,3 @@ class Networks:
     def output(self, tensors: list[torch.Tensor], call: NetworkCall) -> Any:
         """Tensors in the form of the network's output."""
         return self._template.fill(tensors, call.arguments.values.get("return_dict", True))
-

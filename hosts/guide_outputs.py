@@ -33,7 +33,7 @@ class Template:
     def learn(self, output: Any) -> None:
         """Keep the form, not the tensors."""
         if isinstance(output, dict):
-            self.output = type(output)(**{k: None for k in output})
+            self.output = type(output)(**dict.fromkeys(output))
             self.names, self.listed = tuple(output), isinstance(next(iter(output.values())), list)
         else:
             first = output[0] if isinstance(output, tuple) else output

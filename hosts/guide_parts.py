@@ -50,12 +50,16 @@ def _of_shape(pipe: Any, i: int, made: Any) -> Any:
 
 def _network(module: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     run = _run_of(DENOISERS, module)
-    return original(*args, **kwargs) if run is None else placement.network(run, module, original, args, kwargs)
+    return (
+        original(*args, **kwargs) if run is None else placement.network(run, module, original, args, kwargs)
+    )
 
 
 def _control(module: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     run = _run_of(CONTROLS, module)
-    return original(*args, **kwargs) if run is None else placement.control(run, module, original, args, kwargs)
+    return (
+        original(*args, **kwargs) if run is None else placement.control(run, module, original, args, kwargs)
+    )
 
 
 def _context(module: Any, original: Original, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -108,7 +108,9 @@ class GuidedRun:
         if not self.sessions and self._first_timestep is None:
             self._first_timestep = timestep
 
-    def stepping(self, scheduler_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def stepping(
+        self, scheduler_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The scheduler makes a step: only with the guided prediction."""
         step, self.step = self.step, None
         self.networks.opened = False
@@ -168,18 +170,25 @@ class GuidedRun:
             if not self.sessions:
                 self._start(module)
             self.networks.opened = True
-            self.step = Step([self._begin(*pair) for pair in zip(self.sessions, states)], [{} for _ in states])
+            self.step = Step(
+                [self._begin(*pair) for pair in zip(self.sessions, states)], [{} for _ in states]
+            )
         return self.step
 
     def finish(self, step: Step) -> list[torch.Tensor]:
         """The guided predictions of a step whose branches have run."""
         step.result = []
         for session, call, predictions in zip(self.sessions, step.calls, step.predictions):
-            own = {n: _of_rows(p, call, n) for n, p in predictions.items() if n in call.branches or n == IMAGE}
+            own = {
+                n: _of_rows(p, call, n) for n, p in predictions.items() if n in call.branches or n == IMAGE
+            }
             with torch.enable_grad() if call.gradient else nullcontext():
                 g = session.finish(call, own)
             if IMAGE in own and UNCONDITIONAL in own:
-                rows, term = call.branches[UNCONDITIONAL], image_term(self.pipe, own[UNCONDITIONAL], own[IMAGE])
+                rows, term = (
+                    call.branches[UNCONDITIONAL],
+                    image_term(self.pipe, own[UNCONDITIONAL], own[IMAGE]),
+                )
                 g = g + term if rows is None else g.index_add(0, rows, term.to(g.dtype))
             step.result.append(g)
         if all(CONDITIONAL in p for p in step.predictions):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tiny_pipelines import _SD_OPTIONS as SD_OPTIONS
 from tiny_pipelines import CASES, IMAGE, Case, diffusers, randn
 from tiny_pipelines import _image as image
 from tiny_pipelines import _prompt as prompt
-from tiny_pipelines import _SD_OPTIONS as SD_OPTIONS
 from tiny_pipelines import _text as text
 from tiny_pipelines import _unet as unet
 from tiny_pipelines import _vae as vae
@@ -189,6 +189,11 @@ def _lumina() -> Any:
     )
 
 
+def _lumina_arguments() -> dict[str, Any]:
+    masks = {name: mask[:1].long() for name, mask in _MASKS.items()}
+    return {**prompt()(), **masks, "height": IMAGE, "width": IMAGE}
+
+
 def _hidream() -> Any:
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2,
@@ -332,19 +337,33 @@ CASES.update(
         for case in (
             Case("hunyuan_video", _hunyuan_video, _hunyuan_arguments, flow=True, output="frames"),
             Case("instruct", _instruct, text(image=image, image_guidance_scale=1.5)),
-            Case("lumina", _lumina, prompt(height=IMAGE, width=IMAGE), flow=True),
+            Case("lumina", _lumina, _lumina_arguments, flow=True),
             Case("hidream", _hidream, _hidream_arguments, flow=True),
             Case("ltx2", _ltx2, _ltx2_arguments, flow=True, output="frames"),
         )
     }
 )
 
+
+def _twice(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Embeddings of two samples, of the shapes of one."""
+    return {name: randn(2, *shape, seed=50 + i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+_TWO_TEXTS = _twice(prompt_embeds=(5, 16), negative_prompt_embeds=(5, 16))
+_MASKS = {name: torch.ones(2, 5) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
+_TWO_POOLED = _twice(
+    prompt_embeds=(5, 8),
+    negative_prompt_embeds=(5, 8),
+    pooled_prompt_embeds=(8,),
+    negative_pooled_prompt_embeds=(8,),
+)
 _TOKENS = (fs.Renorm(over="token"),)
 _TWO_VIDEOS = {"num_videos_per_prompt": 2}
 KINDS: dict[str, Kind] = {
     "sd": Kind("sd", network="unet"),
     "sdxl": Kind("sdxl", network="unet"),
-    "sd3": Kind("sd3"),
+    "sd3": Kind("sd3", two=_TWO_POOLED),
     "flux": Kind(
         "flux",
         _negative("negative_prompt_embeds", "negative_pooled_prompt_embeds", true_cfg_scale=3.0),
@@ -354,9 +373,9 @@ KINDS: dict[str, Kind] = {
     "dit": Kind("dit", w=2.0, two={"class_labels": [3, 4]}),
     "wan": Kind("wan", batched=False, two=_TWO_VIDEOS),
     "qwen": Kind("qwen", _qwen_negative, more=_TOKENS, batched=False),
-    "cogvideox": Kind("cogvideox", two=_TWO_VIDEOS),
+    "cogvideox": Kind("cogvideox", two=_TWO_TEXTS),
     "sana": Kind("sana"),
-    "ltx": Kind("ltx", two=_TWO_VIDEOS),
+    "ltx": Kind("ltx", two=_TWO_TEXTS | _MASKS),
     "z_image": Kind("z_image", w=4.0),
     "hunyuan_video": Kind("hunyuan_video", batched=False, two=_TWO_VIDEOS),
 }
@@ -364,11 +383,11 @@ FURTHER: dict[str, Kind] = {
     "controlnet": Kind("controlnet", network="unet"),
     "img2img": Kind("sd_img2img", network="unet"),
     "inpaint_9": Kind("sd_inpaint_9", network="unet"),
-    "sd3_img2img": Kind("sd3_img2img"),
+    "sd3_img2img": Kind("sd3_img2img", two=_TWO_POOLED),
     "instruct": Kind("instruct", network="unet"),
     "lumina": Kind("lumina", more=_TOKENS, batched=False),
     "hidream": Kind("hidream"),
-    "ltx2": Kind("ltx2", two=_TWO_VIDEOS),
+    "ltx2": Kind("ltx2", two=_TWO_TEXTS | _MASKS),
     "cosmos": Kind("cosmos", w=4.0, batched=False),
 }
 ALL = KINDS | FURTHER
