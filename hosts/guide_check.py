@@ -31,7 +31,9 @@ def check_pipeline(pipe: Any, layout: Layout, guidance: Guidance, arguments: Map
             )
 
 
-def check_run(pipe: Any, guidance: list[Guidance], run: Run, module: Any) -> None:
+def check_run(
+    pipe: Any, guidance: list[Guidance], run: Run, module: Any, state: torch.Tensor, channels: int
+) -> None:
     """ValueError, before the first evaluation, for methods that a pipeline cannot have, with what helps there."""
     name, scheduler = type(pipe).__name__, type(pipe.scheduler).__name__
     cached = getattr(module, "is_cache_enabled", False)
@@ -64,6 +66,11 @@ def check_run(pipe: Any, guidance: list[Guidance], run: Run, module: Any) -> Non
                     f"guidance {m.name!r} disturbs layers of the network, which cannot be reached when it is compiled; "
                     "give it a network of its own, weak=module, or do not compile"
                 )
+        if m.name in ("cfg_norm", "mahiro") and (state.ndim == 3 or channels != 1):
+            raise ValueError(
+                f"guidance {m.name!r} works along channels in dimension 1, and the latents of {name} are "
+                f"{tuple(state.shape)}; use fs.Renorm()"
+            )
         if cached and (m.has("condition") or m.has("move") or m.needs_evaluate or m.networks()):
             raise ValueError(
                 f"guidance {m.name!r} calls the network in other ways than the cache of features expects; call "
@@ -84,13 +91,15 @@ class Verdict:
         self.tolerance = 0.0
 
     def compare(self, given: torch.Tensor, guided: torch.Tensor, plain: bool) -> None:
-        """Compare a model output with the guided prediction; shapes that differ are compared where both are."""
+        """Compare a model output with the guided prediction, without a learned variance that may follow it."""
         given = given[: guided.shape[0]]
-        if given.shape[1:] != guided.shape[1:]:
-            if given.ndim != guided.ndim:
-                return
+        if given.numel() == guided.numel():
+            guided = guided.reshape(given.shape)
+        elif given.ndim == guided.ndim:
             common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, guided.shape))
             given, guided = given[common], guided[common]
+        else:
+            return
         given, wanted = given.detach().float(), guided.detach().float()
         error = (given - wanted).abs().amax()
         if plain:  # an affine rule is the same for a network of the other sign

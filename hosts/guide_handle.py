@@ -150,7 +150,7 @@ class Handle:
         if all(isinstance(m, Extrapolate) for m in guidance.methods):
             return guidance + self.layout.own_guidance(arguments)
         own = self.layout.own_scale(arguments)
-        if own == 1.0 or any(m.weight is not None for m in guidance.methods):
+        if own == 1.0 or guidance.guides or any(m.weight is not None for m in guidance.methods):
             return guidance
         if guidance.has("cfg"):
             scaled = (replace(m, scale=own) if isinstance(m, CFG) else m for m in guidance.methods)

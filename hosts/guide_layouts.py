@@ -38,7 +38,7 @@ class Layout:
     ``streams``: further states besides the first, each with its own output. ``flow``: levels of a diffusion model,
     sigma / alpha, whose network predicts the velocity of a flow. ``solved``: the conditional prediction is converted
     before the unconditional one is asked for, ``c + s (c - u)``. ``token_norm``: the pipeline rescales each token.
-    ``doubled``: the scheduler steps both halves.
+    ``doubled``: the scheduler steps both halves. ``channels``: their dimension, where latents are no tokens.
     """
 
     order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
@@ -56,6 +56,7 @@ class Layout:
     solved: bool = False
     token_norm: bool = False
     doubled: bool = False
+    channels: int = 1
 
     def own_scale(self, arguments: Mapping[str, Any]) -> float:
         """The scale w that a call of the pipeline asks for, 1 where its guidance is off."""
@@ -112,6 +113,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "StableDiffusionInstructPix2Pix": Layout((CONDITIONAL, UNCONDITIONAL, IMAGE)),
     "StableDiffusionXLInstructPix2Pix": Layout((CONDITIONAL, UNCONDITIONAL, IMAGE)),
+    "CogVideoX": Layout(channels=2),
     "Cosmos2_5": Layout(offset=1.0),
     "Cosmos2": Layout(offset=1.0, flow=True, solved=True),
     "Krea2": Layout(offset=1.0, threshold=0.0),

@@ -25,7 +25,7 @@ ACTIVE: ContextVar[GuidedRun | None] = ContextVar("fewstep_guided_run", default=
 
 @dataclass
 class Step:
-    """One evaluation of the pipeline, from its first network call to the scheduler's step; lists have an entry a stream.
+    """One evaluation of the pipeline, from its first network call to the scheduler's step. Lists: an entry a stream.
 
     ``roles`` are the branches that the pipeline has asked for, ``held`` the outputs that it already has, ``result``
     the guided predictions, ``conditional`` the conditional ones if they ran.
@@ -127,18 +127,18 @@ class GuidedRun:
             expected = g if clock.sign == 1.0 else -g
         self._verdict.compare(args[0] if args else kwargs["model_output"], expected, session.plain)
         made = scheduler_step(*args, **kwargs)
-        return self._moved(made, session, clock) if session.moves else made
+        return self._moved(made, session, clock, call.x.shape) if session.moves else made
 
-    def _moved(self, made: Any, session: Session, clock: Clock) -> Any:
+    def _moved(self, made: Any, session: Session, clock: Clock, shape: torch.Size) -> Any:
         """What the scheduler returned, its state changed by methods that act between steps."""
         state = made[0] if isinstance(made, tuple) else made.prev_sample
         scale, node = clock.input_scale[session.index], clock.nodes[session.index]
-        x = state[: self.networks.batch]
-        x = x if scale == 1.0 else x * scale
+        rows = state[: self.networks.batch].reshape(shape)
+        x = rows if scale == 1.0 else rows * scale
         moved = session.move(x, node, self.networks.evaluate)
         if moved is x:
             return made
-        moved = torch.cat([moved / scale] * (state.shape[0] // x.shape[0])).to(state.dtype)
+        moved = torch.cat([moved / scale] * (len(state) // len(x))).reshape(state.shape).to(state.dtype)
         if isinstance(made, tuple):
             return (moved, *made[1:])
         made.prev_sample = moved
@@ -154,8 +154,8 @@ class GuidedRun:
     def unknown(self) -> NoReturn:
         """The pipeline calls its network in a way that is not known here."""
         raise GuidanceNotApplied(
-            f"{type(self.pipe).__name__} calls its network once more in a step, for a branch that is not known here; turn "
-            "off what it does besides classifier-free guidance"
+            f"{type(self.pipe).__name__} calls its network once more in a step, for a branch that is not known here; "
+            "turn off what it does besides classifier-free guidance"
         )
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class GuidedRun:
             self.timesteps_set()
         if self.step is None:
             if not self.sessions:
-                self._start(module)
+                self._start(module, states[0])
             self.networks.opened = True
             self.step = Step(
                 [self._begin(*pair) for pair in zip(self.sessions, states)], [{} for _ in states]
@@ -195,7 +195,7 @@ class GuidedRun:
             step.conditional = [p[CONDITIONAL].detach() for p in step.predictions]
         return step.result
 
-    def _start(self, module: Any) -> None:
+    def _start(self, module: Any, state: torch.Tensor) -> None:
         """Sessions for the run that begins; ValueError if it cannot have this guidance."""
         scheduler = self.pipe.scheduler
         begin = begin_index(scheduler, self._first_timestep)
@@ -214,7 +214,7 @@ class GuidedRun:
             noise=self.noise,
             model=type(self.pipe).__name__,
         )
-        check_run(self.pipe, self.guidance, run, module)
+        check_run(self.pipe, self.guidance, run, module, state, self.layout.channels)
         self.sessions = [g.session(run) for g in self.guidance]
         self.networks.clock, self.networks.session = clock, self.sessions[0]
 
