@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         SelfGuidedMinority,
     )
     from .hosts.diffusers import FewStepScheduler
+    from .hosts.guide import GuidanceNotApplied, guide
     from .hosts.library import sample, sample_adaptive
     from .samplers import NumericalError, Program, Solver, Stepper, compile, solvers
     from .samplers import parse as solver
@@ -81,6 +82,7 @@ __all__ = [
     "Extrapolate",
     "FewStepScheduler",
     "GradientFreeClassifierGuidance",
+    "GuidanceNotApplied",
     "LinearAG",
     "MaHiRo",
     "NumericalError",
@@ -95,6 +97,7 @@ __all__ = [
     "Stepper",
     "compile",
     "guidance",
+    "guide",
     "hosts",
     "sample",
     "sample_adaptive",
@@ -109,6 +112,8 @@ __all__ = [
 _PACKAGES = ("guidance", "hosts", "samplers", "schedules", "tuning")
 _HOMES = {
     "FewStepScheduler": "hosts.diffusers",
+    "GuidanceNotApplied": "hosts.guide",
+    "guide": "hosts.guide",
     "sample": "hosts.library",
     "sample_adaptive": "hosts.library",
     **dict.fromkeys(("NumericalError", "Program", "Solver", "Stepper", "compile", "solvers"), "samplers"),
