@@ -2,9 +2,9 @@
 
     python benchmarks/guidance.py [--part methods adaptive extrapolation] [--minutes 60] [--figure docs/guidance.png]
 
-``methods``: Frechet distance, accuracy, precision, recall and diversity at several scales and budgets. ``adaptive``: the
-threshold of adaptive guidance at ten steps, beside plain guidance with fewer. ``extrapolation``: the RMS distance to the
-converged solution of the same noise, beside the same solver with no more evaluations. NFE is counted at the network.
+``methods``: Frechet distance, accuracy, precision, recall and diversity at several scales and budgets. ``adaptive``:
+the threshold of adaptive guidance at ten steps. ``extrapolation``: the RMS distance to the converged solution of the
+same noise, beside the same solver with no more evaluations. NFE is counted at the network.
 
 Cells are written as they are done; those in the file are not repeated, and ``--minutes`` ends a session early. About 15
 minutes on one core. The figure needs matplotlib.
