@@ -38,7 +38,7 @@ from fewstep.eval.metrics import (
 )
 from fewstep.eval.targets import Target, load_target
 
-SAMPLES, PAIRED = 400, 64
+SAMPLES, PAIRED = 400, 32
 """Samples of a cell measured in features, and of one measured by its distance to the converged solution."""
 SCALES = (2, 4, 8)
 STEPS = (4, 5, 6, 8, 10, 16)

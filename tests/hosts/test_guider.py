@@ -212,6 +212,67 @@ def test_annealed_condition_reaches_the_conditional_call_only(modular: Modular) 
     assert all(torch.equal(y, unconditional[0]) for y in unconditional)
 
 
+def hunyuan_video() -> Any:
+    """A standard pipeline that owns a guider, with its latents beside two condition maps in the network's input."""
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4, 4), layers_per_block=1
+    )
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return diffusers.HunyuanVideo15Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=5.0),
+        **parts,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_standard_pipeline_with_a_guider() -> None:
+    if not hasattr(diffusers, "HunyuanVideo15Pipeline"):
+        pytest.skip("this diffusers has no HunyuanVideo 1.5")
+    torch.manual_seed(0)
+    pipe = hunyuan_video()
+    pipe.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+    for i, name in enumerate(("", "negative_")):
+        given |= {
+            f"{name}prompt_embeds": randn(1, 5, 16, seed=i),
+            f"{name}prompt_embeds_mask": torch.ones(1, 5),
+        }
+        given |= {
+            f"{name}prompt_embeds_2": randn(1, 4, 8, seed=i),
+            f"{name}prompt_embeds_mask_2": torch.ones(1, 4),
+        }
+
+    def call() -> torch.Tensor:
+        return pipe(**given, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).frames
+
+    own, guider = call(), pipe.guider
+    with attach_guider(pipe, "cfg:5") as handle:
+        assert difference(call(), own) < 1e-5 and handle.nfe == 8
+    with attach_guider(pipe, "apg:5+adaptive:-1") as handle:
+        assert difference(call(), own) > 1e-4 and handle.nfe == 5
+        call()  # asked before the first step whether to encode a negative prompt: the last run's end does not count
+        assert handle.nfe == 5
+    assert pipe.guider is guider and torch.equal(call(), own)
+
+
 # a guider of its own ----------------------------------------------------------------------------------------------
 
 
