@@ -102,6 +102,7 @@ def guidance() -> Rows:
             "name": name,
             "class": m.__name__,
             "experimental": m.experimental,
+            "caution": m.caution,
             "options": [f"{o.name}={_text(o.default)}" for o in options_of(m).values()],
             "summary": summary_of(m),
             "reference": m.reference,
@@ -140,7 +141,13 @@ LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
     "metrics": (metrics, (("name", "metric"), ("unit", "unit"), ("better", "better"), ("summary", ""))),
     "guidance": (
         guidance,
-        (("name", "guidance"), ("experimental", "experimental"), ("summary", ""), ("options", "options")),
+        (
+            ("name", "guidance"),
+            ("experimental", "experimental"),
+            ("summary", ""),
+            ("caution", "caution"),
+            ("options", "options"),
+        ),
     ),
 }
 """Name of a list -> its rows and the columns of its table."""

@@ -71,13 +71,15 @@ class Method:
     """Base of all methods: without hooks, without state.
 
     The class variables are what a method asks of a run; a run that cannot give it is refused before it starts.
-    ``experimental`` marks constants that could not be compared with the publication.
+    ``experimental`` marks constants that could not be compared with the publication, ``caution`` says what was measured
+    against a method.
     """
 
     name: ClassVar[str] = ""
     rank: ClassVar[int] = 0
     reference: ClassVar[str] = ""
     experimental: ClassVar[bool] = False
+    caution: ClassVar[str] = ""
 
     needs_scale: ClassVar[bool] = False  # a scale, its own or another method's
     needs_steps: ClassVar[bool] = False  # how many steps there are, and which one is the next
