@@ -1,5 +1,6 @@
 """Where to evaluate: noise schedules, parametrisations, time grids and spacings (numpy only)."""
 
+from . import index_spacings, level_spacings, published_spacings  # noqa: F401  (they register themselves)
 from .diffusers_config import from_diffusers, prediction_of
 from .grid import Node, TimeGrid
 from .noise import EDM, VP, Flow, NoiseSchedule, Table, VPContinuous

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .beta_distribution import beta_quantile
 from .grid import Node
 from .noise import EDM, VP, Array, Flow, NoiseSchedule, Table
 from .parametrization import Prediction, conversion
-from .spacing import beta_quantile
 from .spec import suggestion
 
 Config = Mapping[str, Any]
