@@ -107,4 +107,8 @@ def __getattr__(name: str) -> Any:
         from .hosts.diffusers import FewStepScheduler
 
         return FewStepScheduler
+    if name == "guide":
+        from .hosts.guide import guide
+
+        return guide
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,9 +111,10 @@ def evaluate(
         ),
     ] = None,
     guidance: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Guidance scales, such as 1,2,4 (1: none). Default: the model's own (1 and 2 for digits-unet)."
+            help="Scales (1: none) and methods, such as '1,3,apg:3+cads,cfg:3+adaptive:0.99'. Repeatable. See: fewstep "
+            "list guidance. Default: the model's own (1 and 2 for digits-unet)."
         ),
     ] = None,
     samples: Annotated[
@@ -156,12 +157,15 @@ def evaluate(
 
     Examples:
       fewstep eval
+      fewstep eval -m builtin:digits-unet -s dpmpp_2m --guidance "3, apg:3+cads, cfg:3+adaptive:0.99"
       fewstep eval -m builtin:digits-exact -s "dpmpp_2m unipc:order=3,variant=bh1" --nfe 5,6,8
       fewstep eval -m mymodel:make_denoiser --schedule karras --schedule log_snr -n 100 -o results/mine
     """
+    from .overview import overviews
     from .record import exact_command
     from .session import evaluate as run
     from .sweep import DEFAULT_MODELS, DEFAULT_SOLVERS, Config, split_numbers, split_specs
+    from .table import guidance_tables
 
     if processes is not None and processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
@@ -170,7 +174,7 @@ def evaluate(
         solvers=split_specs(solvers) if solvers else DEFAULT_SOLVERS,
         nfe=None if nfe is None else split_numbers(nfe, int, "--nfe"),
         schedules=tuple(dict.fromkeys(schedule or ["auto"])),
-        guidance=None if guidance is None else split_numbers(guidance, float, "--guidance"),
+        guidance=split_specs(guidance) if guidance else None,
         samples=samples,
         seed=seed,
         chunk=chunk,
@@ -184,6 +188,8 @@ def evaluate(
     if as_json:
         _print_json(result)
     else:
+        for overview in overviews(result["panels"]):
+            console.print(guidance_tables(overview))
         console.print(
             f"[bold]report[/bold]  {store.report.resolve().as_uri()}  ({result['run']['seconds']:.0f} s)",
             soft_wrap=True,
@@ -202,8 +208,9 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Results folder of fewstep eval.")], as_json: Json = False
 ) -> None:
     """Rebuild the numbers and the HTML report of a results folder, finished or not."""
+    from .overview import overviews
     from .session import rebuild
-    from .table import result_tables
+    from .table import guidance_tables, result_tables
 
     result, store = rebuild(folder)
     if as_json:
@@ -212,6 +219,8 @@ def report(
     console = Console(highlight=False)
     for panel in result["panels"]:
         console.print(result_tables(panel, console.width))
+    for overview in overviews(result["panels"]):
+        console.print(guidance_tables(overview))
     console.print(f"[bold]report[/bold]  {store.report.resolve().as_uri()}", soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ from .summary import Summary
 from .sweep import Panel, Plan
 from .table import metric_table, result_tables
 from .words import half_width, number
-from .work import Job, chunks_of, jobs, pending
+from .work import Job, all_work, pending
 
 
 class _Board:
@@ -70,12 +70,7 @@ def show(plan: Plan, store: Store, console: Console, source: Iterator[Done | Non
         TextColumn("{task.fields[left]}"),
         console=console,
     )
-    total = sum(
-        _weight(plan, p, j, len(c))
-        for p in plan.panels
-        for j in jobs(p)
-        for c in chunks_of(p, j, plan.config.chunk)
-    )
+    total = sum(_weight(plan, p, j, len(c)) for p, j, c in all_work(plan))
     left = sum(_weight(plan, p, j, len(c)) for p, j, c in pending(plan, store))
     if not left:
         return
@@ -86,7 +81,9 @@ def show(plan: Plan, store: Store, console: Console, source: Iterator[Done | Non
     def view() -> RenderableType:
         if board.shown >= len(board.panels):
             return progress
-        return Group(metric_table(board.panels[board.shown], "rms"), Text(), progress)
+        panel = board.panels[board.shown]
+        noisy = all(row["stochastic"] for row in panel["rows"])
+        return Group(metric_table(panel, "frechet" if noisy else "rms"), Text(), progress)
 
     live = (
         Live(view(), console=console, refresh_per_second=8, transient=True) if console.is_terminal else None

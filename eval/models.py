@@ -368,13 +368,22 @@ def digits_unet() -> EvalModel:
             parts = zip(x.split(_CHUNK), t.split(_CHUNK), labels.split(_CHUNK))
             return torch.cat([network(*part) for part in parts])
 
-        def with_label(x: Tensor, t: Tensor) -> Tensor:
-            return run(x, t, _matched(wanted, x))
+        def with_label(x: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
+            return run(x, t, _matched(wanted if embedding is None else embedding, x))
 
         def without_label(x: Tensor, t: Tensor) -> Tensor:
             return run(x, t, torch.full((x.shape[0],), NULL_CLASS, device=x.device))
 
-        return Denoiser(with_label, noise_schedule, "epsilon", DIGITS_SHAPE, unconditional=without_label)
+        with torch.inference_mode(False), torch.no_grad():
+            embedding = network.label(wanted)
+        return Denoiser(
+            with_label,
+            noise_schedule,
+            "epsilon",
+            DIGITS_SHAPE,
+            unconditional=without_label,
+            condition=embedding,
+        )
 
     return EvalModel(
         name="digits-unet",

@@ -83,7 +83,8 @@ class DigitsUNet(nn.Module):
     time through log(sigma / alpha) at a few low frequencies only: a smooth field, on which solvers show their order.
 
     Arguments of ``forward``: x (B, 1, 8, 8), images in [-1, 1] plus noise; t (B,), index 0 .. 999, fractions allowed
-    (log(sigma / alpha) is linear in between); label (B,) int64, 0 .. 9 or ``NULL_CLASS``. Returns (B, 1, 8, 8).
+    (log(sigma / alpha) is linear in between); label (B,) int64, 0 .. 9 or ``NULL_CLASS``, or what the embedding
+    ``label`` makes of it, (B, 64), for guidance that changes the condition. Returns (B, 1, 8, 8).
     """
 
     log_level: Tensor
@@ -116,7 +117,8 @@ class DigitsUNet(nn.Module):
     def velocity(self, x: Tensor, log_level: Tensor, label: Tensor) -> Tensor:
         """F: ``alpha eps - sigma x0`` at noise level ``exp(log_level)`` (B,)."""
         angle = log_level[:, None] * self.frequency
-        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], dim=1)) + self.label(label))
+        condition = label if label.is_floating_point() else self.label(label)
+        emb = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], dim=1)) + condition)
         x = self.stem(x)
         high = self.down1(x, emb)
         low = self.down2(self.pool(high), emb)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..samplers import compile
 from ..schedules import make_grid
+from .guiding import converged
 from .store import digest
 from .targets import Target
 
@@ -37,6 +38,7 @@ class Reference:
     steps: int
     key: str
     check_key: str
+    guidance: float | str | None = None
 
     @property
     def check_steps(self) -> int:
@@ -44,10 +46,14 @@ class Reference:
 
 
 def plan(target: Target, base: Mapping[str, Any], steps: int = STEPS) -> Reference:
-    """The reference of a model; ``base`` is what else decides the samples (guidance, seed, device)."""
-    keys = []
+    """The reference of a model; ``base`` is what else decides the samples (guidance, seed, device).
+
+    Its guidance is without methods that leave evaluations out or draw noise, so that several may have one reference.
+    """
+    guidance = converged(base["guidance"])
+    base, keys = {**base, "guidance": guidance}, []
     for count in (steps, steps // 2):
         program = compile(SOLVER, make_grid(target.noise_schedule, count, SCHEDULE))
         content = hashlib.sha256(program.to_json().encode()).hexdigest()
         keys.append(digest({**base, "reference": content}))
-    return Reference(SOLVER, SCHEDULE, steps, keys[0], keys[1])
+    return Reference(SOLVER, SCHEDULE, steps, keys[0], keys[1], guidance)

@@ -16,14 +16,18 @@ from typing import Any
 
 from . import report_images
 from .metrics import METRICS
+from .overview import METRICS as COMPARED
+from .overview import overviews
 from .ranking import cheaper_than, middle_budget, ranking
 from .report_images import Images, Strips
 from .report_tables import all_numbers, metric_table, ranking_table, style
-from .words import LABEL, UNIT, half_width, listed, number, panel_title, value_of
+from .words import LABEL, SHARES, UNIT, guidance_text, half_width, listed, number, panel_title, value_of
 
 ASSETS = Path(__file__).resolve().parent / "data" / "report"
-CHART_METRICS = ("rms", "rms_median", "frechet", "frechet_excess", "agreement", "ms_per_sample")
-LINEAR = ("agreement", "frechet_excess")
+CHART_METRICS = (
+    "rms", "rms_median", "frechet", "frechet_excess", "agreement", "precision", "recall", "diversity", "ms_per_sample",
+)  # fmt: skip
+LINEAR = ("agreement", "frechet_excess", "precision", "recall", "diversity")
 """Metrics on a linear axis; the others have a logarithmic one."""
 RANKED = ("rms", "rms_median", "frechet")
 
@@ -48,6 +52,7 @@ def build(result: Mapping[str, Any], images: Images) -> str:
         "<main>",
         _header(result, title),
         *(_section(panel, strip, images) for panel, strip in zip(panels, strips)),
+        *map(_guidance_section, overviews(panels)),
         _notes(result),
         _reproduce(result["run"]),
         f"<footer>Made by fewstep {version}. One file, no network access.</footer>",
@@ -80,7 +85,8 @@ def _metrics_of(panel: Mapping[str, Any]) -> list[str]:
 
 
 def _bar(panels: Sequence[Mapping[str, Any]]) -> str:
-    links = [(_id(p), panel_title(p)) for p in panels] + [("notes", "Notes"), ("reproduce", "Reproduce")]
+    links = [(_id(p), panel_title(p)) for p in [*panels, *overviews(panels)]]
+    links += [("notes", "Notes"), ("reproduce", "Reproduce")]
     anchors = "".join(f'<a href="#{target}">{escape(text)}</a>' for target, text in links)
     return f'<nav class="bar"><div><b>fewstep</b>{anchors}</div></nav>'
 
@@ -110,13 +116,14 @@ def _header(result: Mapping[str, Any], title: str) -> str:
 
 def _finding(panel: Mapping[str, Any]) -> str:
     """A few sentences about one panel: who is first, and what that is worth in evaluations."""
-    order = ranking(panel, "rms")
+    metric = "rms" if any(cell.get("rms") for cell in panel["cells"]) else "frechet"
+    order = ranking(panel, metric)
     title = f"<h4>{escape(panel_title(panel))}</h4>"
     if not order:
         return f'<div>{title}<p class="muted">No finished cells yet.</p></div>'
     rows = panel["rows"]
     best = next(r for r in order if r["budgets"] == max(o["budgets"] for o in order))
-    text = "First overall by distance to the converged solution"
+    text = "First overall by " + ("distance to the converged solution" if metric == "rms" else LABEL[metric])
     first_everywhere = all(rank == 1 for rank in best["ranks"].values())
     if first_everywhere:
         text += ", and at every budget."
@@ -125,13 +132,13 @@ def _finding(panel: Mapping[str, Any]) -> str:
     baseline = next((i for i, row in enumerate(rows) if row["solver"] == "euler"), None)
     if baseline is not None and baseline != best["row"]:
         budget = middle_budget(panel["budgets"])
-        at = {c["row"]: value_of(c, "rms") for c in panel["cells"] if c["budget"] == budget}
+        at = {c["row"]: value_of(c, metric) for c in panel["cells"] if c["budget"] == budget}
         mine, theirs = at.get(best["row"]), at.get(baseline)
         if mine is not None and theirs is not None:
             text += (
                 f" With {budget} evaluations it stands at {number(mine)}, Euler (DDIM) at {number(theirs)}."
             )
-        saved = cheaper_than(panel, "rms", best["row"], baseline)
+        saved = cheaper_than(panel, metric, best["row"], baseline)
         if saved:
             text += f" It is as close with {saved[1]} evaluations as Euler with {saved[0]}."
     return f'<div>{title}<p class="big">{escape(rows[best["row"]]["label"])}</p><p>{escape(text)}</p></div>'
@@ -170,12 +177,24 @@ legend to hide it, double-click to see it alone. Points far above the others are
 </section>"""
 
 
+def _guidance_section(overview: Mapping[str, Any]) -> str:
+    """Every guidance of a model side by side, at equal budgets."""
+    tables = "\n".join(
+        metric_table(overview, m) for m in COMPARED if any(c.get(m) for c in overview["cells"])
+    )
+    return f"""<section id="{_id(overview)}">
+<h2>{escape(panel_title(overview))}</h2>
+<p class="muted">{escape(overview["note"])}</p>
+{tables}
+</section>"""
+
+
 def _facts(panel: Mapping[str, Any]) -> str:
     reference = panel["reference"]
     facts = [
         ("Samples per cell", f"{panel['samples']:,}"),
         ("Spacing", listed(list(dict.fromkeys(row["schedule"] for row in panel["rows"])))),
-        ("Converged by", f"{reference['solver']}, {reference['steps']} steps"),
+        ("Converged by", f"{reference['solver']}, {reference['steps']} steps{_instead(panel)}"),
     ]
     if reference.get("resolution"):
         facts.append(("Resolution (its own error)", number(reference["resolution"]["value"], 2)))
@@ -187,6 +206,12 @@ def _facts(panel: Mapping[str, Any]) -> str:
         facts.append(("Label agreement", f"{100 * panel['agreement']['value']:.1f} %"))
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     return f'<dl class="facts">{items}</dl>'
+
+
+def _instead(panel: Mapping[str, Any]) -> str:
+    """The guidance of the converged solution where it is not the panel's own."""
+    guidance = panel["reference"].get("guidance", panel["guidance"])
+    return "" if guidance == panel["guidance"] else f", guidance {guidance_text(guidance)}"
 
 
 def _chart_data(panel: Mapping[str, Any], strips: Strips) -> dict[str, Any]:
@@ -204,7 +229,7 @@ def _chart_data(panel: Mapping[str, Any], strips: Strips) -> dict[str, Any]:
         metrics[m] = {
             "label": LABEL[m] + (f", {UNIT[m]}" if m == "ms_per_sample" else ""),
             "log": m not in LINEAR,
-            "format": ".0%" if m == "agreement" else "~g",
+            "format": ".0%" if m in SHARES else "~g",
             "line": line,
             "line_label": line_label,
         }
@@ -230,6 +255,10 @@ NOTES = (
     "trained at, then one step to no noise.",
     "<b>Resolution</b>: the converged solution has an error of its own. Shown is its distance to a run with half as "
     "many steps, which is more than that error; distances near it are not resolved.",
+    "<b>Guidance by methods</b>: a budget is what a sample may spend at most; charts stand at what it did spend. "
+    "Methods that leave evaluations out (adaptive guidance, extrapolation) are measured against the converged solution "
+    "that leaves nothing out, and methods that draw noise have none: their floor is that of plain guidance at the same "
+    "scale.",
     "<b>Floor</b>: the Fréchet distance of finitely many converged samples to the reference images. It is not zero, "
     "because means and covariances are estimated; no solver can be expected to get far below it.",
     "<b>–</b> marks a number that does not exist: a budget that the solver cannot spend exactly, or a distance to the "

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from .ranking import ranking
-from .words import HIGHER_IS_BETTER, LABEL, UNIT, best_values, half_width, number, value_of
+from .words import HIGHER_IS_BETTER, LABEL, SHARES, UNIT, best_values, half_width, number, value_of
 
 PALETTE = (
     "#0b6e69", "#c2571a", "#3b5ba9", "#a8326e", "#6a8f1f", "#7b52ab", "#b08900", "#2f8fbf", "#8a4b32", "#4d5761",
@@ -16,8 +16,10 @@ DASHES = ("solid", "dash", "dot")
 SYMBOLS = (
     "circle", "square", "diamond", "triangle-up", "cross", "x", "pentagon", "star", "hexagon", "triangle-down",
 )  # fmt: skip
-PLAIN = ("agreement", "ms_per_sample")
+PLAIN = ("agreement", "precision", "recall", "nfe", "ms_per_sample")
 """Metrics shown without an interval."""
+UNRANKED = ("ms_per_sample", "nfe", "diversity")
+"""Metrics whose best value is no merit of itself."""
 
 
 def style(row: int) -> dict[str, str]:
@@ -74,15 +76,15 @@ def _value(cell: Mapping[str, Any] | None, metric: str, best: float | None, note
         failed = cell["status"] == "failed"
         mark = f"{'failed' if failed else '–'}<sup>{notes.index(reason) + 1}</sup>"
         return f'<td class="{"fail" if failed else "none"}">{mark}</td>'
-    shown = f"{100 * value:.1f} %" if metric == "agreement" else number(value)
+    shown = f"{100 * value:.1f} %" if metric in SHARES else number(value)
     spread = "" if metric in PLAIN else f"<i>{half_width(cell[metric])}</i>"
-    first = " best" if value == best and metric != "ms_per_sample" else ""
+    first = " best" if value == best and metric not in UNRANKED else ""
     return f'<td class="v{first}" style="--t:{_tint(metric, value, best):.2f}">{shown}{spread}</td>'
 
 
 def _tint(metric: str, value: float, best: float) -> float:
     """1 at the best value of a column, falling to 0 at one and a half times it."""
-    if metric == "ms_per_sample":
+    if metric in UNRANKED:
         return 0.0
     if metric in HIGHER_IS_BETTER:
         return max(0.0, 1.0 - 8.0 * (best - value))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -22,6 +23,8 @@ from .sweep import Config, Plan, expand
 from .targets import load_target
 
 RESULTS = Path("fewstep-results")
+NEAREST_OF = 1500
+"""Reference images whose features are kept, for precision and recall."""
 
 
 class Interrupted(Exception):
@@ -134,7 +137,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _write_reference_features(plan: Plan, store: Store) -> None:
-    """Mean and covariance of the reference images' features, once a folder."""
+    """The reference images' features, their mean and covariance, once a folder."""
     from .metrics import Moments
 
     for panel in plan.panels:
@@ -143,10 +146,14 @@ def _write_reference_features(plan: Plan, store: Store) -> None:
             continue
         features = load_target(panel.model).features
         assert features is not None
-        moments = Moments.of(features(features.reference_images())[0])
-        store.save_arrays(
-            name, {"mean": moments.mean, "covariance": moments.covariance}, {"count": moments.count}
-        )
+        values = features(features.reference_images())[0]
+        moments = Moments.of(values)
+        labels = load_target(panel.model).labels(range(len(values)))
+        kept = values[:NEAREST_OF]
+        arrays = {"mean": moments.mean, "covariance": moments.covariance, "features": kept}
+        if labels is not None:
+            arrays["label"] = labels[:NEAREST_OF].astype(np.int64)
+        store.save_arrays(name, arrays, {"count": moments.count})
 
 
 def _announce(plan: Plan, store: Store, console: Console, processes: int) -> None:

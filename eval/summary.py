@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import manifold
 from .metrics import (
     Estimate,
     Jackknife,
@@ -17,6 +18,7 @@ from .metrics import (
     median_interval,
     rms_distance,
     share_interval,
+    without_groups,
 )
 from .store import Chunk, Store
 from .sweep import Cell, Panel, Plan
@@ -31,6 +33,8 @@ class Summary:
         self.reference_job, self.check_job = jobs(panel)[:2]
         self._converged: Jackknife | None = None
         self._moments: Moments | None = None
+        self._images: Mapping[str, np.ndarray] | None = None
+        self._reach: np.ndarray | None = None
 
     def complete(self, key: str, chunks: Iterable[Chunk]) -> bool:
         """Whether all chunks of a key are on disk."""
@@ -51,7 +55,8 @@ class Summary:
             "budgets": list(panel.budgets),
             "rows": [{"solver": row.solver, "schedule": row.schedule, "label": row.label, "order": row.order,
                       "stochastic": row.stochastic} for row in panel.rows],
-            "reference": {"solver": r.solver, "schedule": r.schedule, "steps": r.steps, "key": r.key},
+            "reference": {"solver": r.solver, "schedule": r.schedule, "steps": r.steps, "key": r.key,
+                          "guidance": r.guidance},
             "floor": None,
             "agreement": None,
             "features": None,
@@ -62,7 +67,7 @@ class Summary:
         if not self.complete(r.key, parts):
             return head
         arrays, infos = self.store.load_chunks(r.key, parts)
-        head["reference"]["nfe"] = infos[0]["nfe"]
+        head["reference"]["nfe"] = _mean_nfe(infos)
         head["reference"]["ms_per_sample"] = _time(infos).value
         if "features" in arrays:
             head["floor"] = frechet_interval(self._floor()).to_json()
@@ -96,7 +101,7 @@ class Summary:
             return {**result, "status": "pending", "message": None}
         arrays, infos = self.store.load_chunks(cell.key, parts)
         result |= {"status": "ok", "message": None, "samples": self.panel.samples}
-        result |= {"nfe": infos[0]["nfe"], "calls": infos[0]["calls"]}
+        result |= {"nfe": _mean_nfe(infos), "calls": infos[0]["calls"]}
         if "distance" in arrays and self.complete(self.panel.reference.key, parts):
             result["rms"] = mean_interval(arrays["distance"]).to_json()
             result["rms_median"] = median_interval(arrays["distance"]).to_json()
@@ -105,6 +110,7 @@ class Summary:
             result["frechet"] = frechet_interval(sampled).to_json()
             if self.complete(self.panel.reference.key, parts):
                 result["frechet_excess"] = frechet_interval(sampled, self._floor()).to_json()
+            result |= self._variety(arrays)
         if (agreement := _agreement(arrays)) is not None:
             result["agreement"] = agreement
         result["ms_per_sample"] = _time(infos).to_json()
@@ -134,9 +140,32 @@ class Summary:
 
     def _reference_moments(self) -> Moments:
         if self._moments is None:
-            arrays, info = self.store.load_arrays(f"reference-{self.panel.features}.safetensors")
-            self._moments = Moments(info["count"], arrays["mean"], arrays["covariance"])
+            self._images, info = self.store.load_arrays(f"reference-{self.panel.features}.safetensors")
+            self._moments = Moments(info["count"], self._images["mean"], self._images["covariance"])
         return self._moments
+
+    def _variety(self, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+        """Precision, recall and diversity; needs more samples than neighbours."""
+        self._reference_moments()
+        features, labels, images = arrays["features"], arrays.get("label"), self._images
+        if images is None or len(features) <= manifold.NEIGHBOURS:
+            return {}
+        reference = images["features"]
+        if self._reach is None:
+            self._reach = manifold.radii(reference)
+        inside = manifold.covered(features, reference, self._reach)
+        reached = manifold.recall(features, reference)
+        data = manifold.spread(reference, images.get("label") if labels is not None else None)
+
+        def diversity(rows: np.ndarray) -> float:
+            return manifold.spread(features[rows], None if labels is None else labels[rows]) / data
+
+        numbers = {
+            "precision": share_interval(int(inside.sum()), len(inside)),
+            "recall": share_interval(int(reached.sum()), len(reached)),
+            "diversity": frechet_interval(without_groups(diversity, len(features))),
+        }
+        return {name: estimate.to_json() for name, estimate in numbers.items()}
 
     def _floor(self) -> Jackknife:
         """The Fréchet distance of the converged samples."""
@@ -150,6 +179,12 @@ def _agreement(arrays: Mapping[str, np.ndarray]) -> dict[str, float | None] | No
     if "label" not in arrays or "predicted" not in arrays:
         return None
     return share_interval(int(np.sum(arrays["label"] == arrays["predicted"])), len(arrays["label"])).to_json()
+
+
+def _mean_nfe(infos: list[dict[str, Any]]) -> float:
+    """Evaluations a sample, mean over all; an integer where it is one."""
+    mean = sum(info["nfe"] * info["count"] for info in infos) / sum(info["count"] for info in infos)
+    return int(mean) if float(mean).is_integer() else mean
 
 
 def _time(infos: list[dict[str, Any]]) -> Estimate:

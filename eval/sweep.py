@@ -16,7 +16,8 @@ from typing import Any
 from ..samplers import Solver, compile, parse
 from ..schedules import NoiseSchedule, TimeGrid, make_grid, schedule
 from ..schedules.spacing import DEFAULT
-from . import reference
+from . import guiding, reference
+from .guiding import Choice
 from .metrics import rank_deficient
 from .store import Chunk, chunks, digest
 from .targets import Target, load_target
@@ -45,7 +46,7 @@ class Config:
     solvers: tuple[str, ...] = DEFAULT_SOLVERS
     nfe: tuple[int, ...] | None = None
     schedules: tuple[str, ...] = (AUTO_SCHEDULE,)
-    guidance: tuple[float, ...] | None = None
+    guidance: tuple[float | str, ...] | None = None
     samples: int | None = None
     seed: int = 0
     chunk: int = 50
@@ -66,26 +67,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One solver at one budget. ``message`` says why the budget cannot be met; the cell is then not run."""
+    """One solver at one budget. ``message`` says why the budget cannot be met; the cell is then not run.
+
+    ``most`` is the NFE that it cannot exceed: what it spends, unless its guidance depends on the data.
+    """
 
     row: int
     budget: int
     key: str = ""
     steps: int = 0
+    most: int = 0
     message: str | None = None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One table: one model at one guidance scale, one reference, all solvers and budgets.
+    """One table: one model under one guidance, one reference, all solvers and budgets.
 
-    ``cost`` is the number of networks that one evaluation of the predictor runs: 2 under guidance. ``identity`` is what
-    must be equal for two runs to be comparable.
+    ``guidance`` is a scale or the text of methods. Under methods a budget is what a cell spends at most. ``cost`` is
+    the number of networks that one evaluation of the predictor runs: 2 under guidance. ``identity`` is what must be
+    equal for two runs to be comparable.
     """
 
     id: str
     model: str
-    guidance: float | None
+    guidance: Choice
     cost: int
     samples: int
     budgets: tuple[int, ...]
@@ -198,14 +204,14 @@ def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
     panels: list[Panel] = []
     milliseconds: dict[str, float] = {}
     targets = [load(model) for model in config.models]
-    wanted = [w for w in config.guidance or () if w != 1.0]
+    wanted = [w for w in map(guiding.choice, config.guidance or ()) if guiding.cost(w) > 1]
     if wanted and not any(target.guidable for target in targets):
         names = ", ".join(target.name for target in targets)
-        raise ValueError(f"guidance {wanted[0]:g} needs an unconditional network; {names} has none")
+        raise ValueError(f"guidance {wanted[0]} needs an unconditional network; {names} has none")
     for target in targets:
         milliseconds[target.name] = target.to(config.device).probe(config.chunk)
-        for scale in _scales(config, target):
-            panels.append(_panel(config, target, scale, solvers, spacings))
+        for guidance in _choices(config, target):
+            panels.append(_panel(config, target, guidance, solvers, spacings))
     _refuse_impossible(panels)
     return Plan(config, tuple(panels), milliseconds)
 
@@ -218,11 +224,12 @@ def resolve_schedule(name: str) -> str:
     return name
 
 
-def _scales(config: Config, target: Target) -> Sequence[float | None]:
-    """Guidance scales of a model: a model without an unconditional network is run as it is."""
+def _choices(config: Config, target: Target) -> Sequence[Choice]:
+    """What a model is guided by: without an unconditional network by what does not need one, or it is run as it is."""
+    wanted = dict.fromkeys(map(guiding.choice, config.guidance or target.guidance))
     if not target.guidable:
-        return (None,)
-    return config.guidance or target.guidance or (None,)
+        wanted = dict.fromkeys(w for w in wanted if guiding.composite(w) and guiding.cost(w) == 1)
+    return tuple(wanted) or (None,)
 
 
 def _check_device(device: str) -> None:
@@ -236,43 +243,44 @@ def _check_device(device: str) -> None:
 
 
 def _panel(
-    config: Config, target: Target, scale: float | None, solvers: Sequence[Solver], spacings: Sequence[str]
+    config: Config, target: Target, guidance: Choice, solvers: Sequence[Solver], spacings: Sequence[str]
 ) -> Panel:
-    cost = 1 if scale in (None, 0.0, 1.0) else 2
-    budgets = config.nfe or tuple(cost * n for n in DEFAULT_NFE)
+    cost = guiding.cost(guidance)
+    budgets = tuple(sorted(config.nfe or (cost * n for n in DEFAULT_NFE)))
     samples = config.samples or target.samples
     base = {
         "model": target.fingerprint,
-        "guidance": scale,
+        "guidance": guidance,
         "seed": config.seed,
         "device": config.device.split(":")[0],
     }
     truth = reference.plan(target, base)
+    if guiding.composite(guidance):
+        base["chunk"] = config.chunk  # a method may decide for a whole batch
     rows: list[Row] = []
     cells: list[Cell] = []
     for spacing in spacings:
         for chosen in solvers:
             label = chosen.spec if len(spacings) == 1 else f"{chosen.spec} @ {spacing}"
-            rows.append(Row(chosen.spec, spacing, label, chosen.order, chosen.stochastic))
-            steps = _reachable(chosen, target.noise_schedule, spacing, max(budgets) // cost)
-            why = _explain_misses(chosen, steps, budgets, cost)
+            stochastic = chosen.stochastic or guiding.noisy(guidance)
+            rows.append(Row(chosen.spec, spacing, label, chosen.order, stochastic))
+            steps, most, why = _steps(target, guidance, chosen, spacing, budgets, cost)
             for budget in budgets:
-                count = steps.get(budget // cost) if budget % cost == 0 else None
-                if count is None:
+                if budget not in steps:
                     cells.append(Cell(len(rows) - 1, budget, message=why))
                     continue
-                program = compile(chosen, make_grid(target.noise_schedule, count, spacing))
+                program = compile(chosen, make_grid(target.noise_schedule, steps[budget], spacing))
                 content = {**base, "program": fingerprint(program.to_json()), "reference": truth.key}
-                cells.append(Cell(len(rows) - 1, budget, digest(content), count))
+                cells.append(Cell(len(rows) - 1, budget, digest(content), steps[budget], most[budget]))
     warnings = [w for w in [target.features and rank_deficient(samples, target.features.dimension)] if w]
     name = target.name.removeprefix("builtin:")
     return Panel(
-        id=name if scale is None else f"{name}-w{scale:g}",
+        id=_panel_id(name, guidance),
         model=target.name,
-        guidance=scale,
+        guidance=guidance,
         cost=cost,
         samples=samples,
-        budgets=tuple(sorted(budgets)),
+        budgets=budgets,
         rows=tuple(rows),
         cells=tuple(cells),
         reference=truth,
@@ -285,6 +293,27 @@ def _panel(
         note=target.note,
         warnings=tuple(warnings),
     )
+
+
+def _panel_id(name: str, guidance: Choice) -> str:
+    if guidance is None:
+        return name
+    return f"{name}-{guidance}" if isinstance(guidance, str) else f"{name}-w{guidance:g}"
+
+
+def _steps(
+    target: Target, guidance: Choice, chosen: Solver, spacing: str, budgets: Sequence[int], cost: int
+) -> tuple[dict[int, int], dict[int, int], str]:
+    """Budget -> steps and -> the most that they spend, and why the others cannot be met."""
+    if guiding.composite(guidance):
+        try:
+            steps, most = guiding.at_most(guidance, target, chosen, spacing, budgets)
+        except ValueError as error:
+            return {}, {}, str(error)
+        return steps, most, f"{chosen.spec} under {guidance} spends more than that in one step"
+    reachable = _reachable(chosen, target.noise_schedule, spacing, max(budgets) // cost)
+    steps = {b: reachable[b // cost] for b in budgets if b % cost == 0 and b // cost in reachable}
+    return steps, {b: b for b in steps}, _explain_misses(chosen, reachable, budgets, cost)
 
 
 def fingerprint(text: str) -> str:
@@ -336,9 +365,15 @@ def _or(numbers: Sequence[int]) -> str:
 
 def _refuse_impossible(panels: Sequence[Panel]) -> None:
     for panel in panels:
+        missed = []
         for index in range(len(panel.rows)):
             mine = [c for c in panel.cells if c.row == index]
             if all(c.message for c in mine):
-                raise ValueError(
-                    f"{panel.id}: {mine[0].message}; add one of them to --nfe or drop the solver"
-                )
+                missed.append(mine[0].message)
+        if missed and guiding.composite(
+            panel.guidance
+        ):  # one that works with some of the solvers is measured on them
+            if len(missed) == len(panel.rows):
+                raise ValueError(f"{panel.id}: {missed[0]}")
+        elif missed:
+            raise ValueError(f"{panel.id}: {missed[0]}; add one of them to --nfe or drop the solver")

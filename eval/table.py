@@ -10,12 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .overview import METRICS
 from .words import LABEL, best_values, half_width, number, panel_title, value_of
 
 
 def metric_table(panel: Mapping[str, Any], metric: str, spread: bool = False) -> RenderableType:
     """One metric of one panel, solvers down and budgets across; the best of a column is bold."""
-    title = Text.assemble((panel_title(panel), "bold"), f"  {LABEL[metric]} at NFE")
+    measured = "NFE spent, at budgets of" if metric == "nfe" else f"{LABEL[metric]} at NFE"
+    title = Text.assemble((panel_title(panel), "bold"), f"  {measured}")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for budget in panel["budgets"]:
@@ -62,9 +64,10 @@ def result_tables(panel: Mapping[str, Any], width: int = 120) -> RenderableType:
     Intervals are shown where ``width`` columns hold them.
     """
     spread = width >= 20 + 15 * len(panel["budgets"])
-    parts: list[RenderableType] = [metric_table(panel, "rms", spread)]
-    if any(c.get("frechet") for c in panel["cells"]):
-        parts += [Text(), metric_table(panel, "frechet", spread)]
+    shown = [m for m in ("rms", "frechet") if any(c.get(m) for c in panel["cells"])] or ["rms"]
+    parts: list[RenderableType] = []
+    for metric in shown:
+        parts += [*([Text()] if parts else []), metric_table(panel, metric, spread)]
     facts = []
     if panel["reference"].get("resolution"):
         facts.append(
@@ -79,6 +82,15 @@ def result_tables(panel: Mapping[str, Any], width: int = 120) -> RenderableType:
         if line:
             parts.append(Text(line, style="dim"))
     return Group(*parts, Text())
+
+
+def guidance_tables(overview: Mapping[str, Any]) -> RenderableType:
+    """Every guidance of a model side by side."""
+    parts: list[RenderableType] = []
+    for metric in METRICS:
+        if any(c.get(metric) for c in overview["cells"]):
+            parts += [metric_table(overview, metric), Text()]
+    return Group(*parts, Text(overview["note"], style="dim"), Text())
 
 
 def listing(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 from .metrics import METRICS
 
 LABEL = {m.name: m.label for m in METRICS}
+SHARES = {m.name for m in METRICS if m.unit.startswith("share of")}
 UNIT = {m.name: m.unit for m in METRICS}
 HIGHER_IS_BETTER = {m.name for m in METRICS if m.better == "higher"}
 
@@ -30,9 +31,14 @@ def half_width(estimate: Mapping[str, float | None]) -> str:
 
 
 def panel_title(panel: Mapping[str, Any]) -> str:
-    """The model, with its guidance scale where it has one."""
+    """The model, with its guidance where it has one."""
     name = panel["model"].removeprefix("builtin:")
-    return name if panel["guidance"] is None else f"{name}, guidance {panel['guidance']:g}"
+    return name if panel["guidance"] is None else f"{name}, guidance {guidance_text(panel['guidance'])}"
+
+
+def guidance_text(guidance: float | str | None) -> str:
+    """A scale as a number, methods as their text."""
+    return "none" if guidance is None else guidance if isinstance(guidance, str) else f"{guidance:g}"
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:

@@ -21,6 +21,7 @@ import torch
 from ..hosts.library import sample
 from ..samplers import NumericalError
 from ..schedules import make_grid
+from .guiding import Choice, composite, cost, data_dependent
 from .metrics import rms_distance, to_uint8
 from .store import Chunk, Store
 from .sweep import Panel, Plan
@@ -43,6 +44,8 @@ class Job:
     solver: str
     schedule: str
     steps: int
+    guidance: Choice
+    most: int = 0
     stochastic: bool = False
 
 
@@ -50,15 +53,16 @@ def jobs(panel: Panel) -> list[Job]:
     """The jobs of a panel in order: the converged solution first, then cells from few evaluations to many."""
     r = panel.reference
     result = [
-        Job("reference", r.key, r.solver, r.schedule, r.steps),
-        Job("check", r.check_key, r.solver, r.schedule, r.check_steps),
+        Job("reference", r.key, r.solver, r.schedule, r.steps, r.guidance),
+        Job("check", r.check_key, r.solver, r.schedule, r.check_steps, r.guidance),
     ]
     seen = set()
     for cell in sorted(panel.cells, key=lambda c: (c.budget, c.row)):
         if cell.message is None and cell.key not in seen:  # two spacings may name one grid
             seen.add(cell.key)
             row = panel.rows[cell.row]
-            result.append(Job("cell", cell.key, row.solver, row.schedule, cell.steps, row.stochastic))
+            how = (row.solver, row.schedule, cell.steps, panel.guidance, cell.most, row.stochastic)
+            result.append(Job("cell", cell.key, *how))
     return result
 
 
@@ -72,13 +76,19 @@ def chunks_of(panel: Panel, job: Job, size: int) -> list[Chunk]:
 
 def pending(plan: Plan, store: Store) -> Iterator[tuple[Panel, Job, Chunk]]:
     """What is not on disk yet, in the order of work. A cell that failed is over."""
+    for panel, job, chunk in all_work(plan):
+        if store.failure(job.key) is None and not store.has(job.key, chunk):
+            yield panel, job, chunk
+
+
+def all_work(plan: Plan) -> Iterator[tuple[Panel, Job, Chunk]]:
+    """Every chunk of a plan once: panels whose guidance differs in what it saves only share a converged solution."""
+    seen = set()
     for panel in plan.panels:
         for job in jobs(panel):
-            if store.failure(job.key) is not None:
-                continue
-            for chunk in chunks_of(panel, job, plan.config.chunk):
-                if not store.has(job.key, chunk):
-                    yield panel, job, chunk
+            if job.key not in seen:
+                seen.add(job.key)
+                yield from ((panel, job, chunk) for chunk in chunks_of(panel, job, plan.config.chunk))
 
 
 def work(
@@ -123,7 +133,7 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
         job.solver,
         job.steps,
         job.schedule,
-        guidance=panel.guidance,
+        guidance=job.guidance,
         seed=[seed + i for i in indices],
     )
     if samples.device.type == "cuda":
@@ -132,12 +142,12 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     x = samples.cpu().numpy()
     if not np.isfinite(x).all():
         raise NumericalError(f"{job.solver}: the result is not finite", job.steps, 0.0, job.solver)
-    nfe, rest = divmod(denoiser.nfe, len(indices))
-    expected = panel.cost * _program_nfe(target, job)
-    if rest or nfe != expected:
-        raise Mismatch(
-            f"{job.solver}: {denoiser.nfe / len(indices)} evaluations counted, the program has {expected}"
-        )
+    evaluations = _program_nfe(target, job)
+    expected = job.most or cost(job.guidance) * evaluations
+    nfe = denoiser.nfe / len(indices)
+    known = not composite(job.guidance) or (job.most and not data_dependent(job.guidance))
+    if known and nfe != expected:
+        raise Mismatch(f"{job.solver}: {nfe:g} evaluations counted, the program has {expected}")
     arrays: dict[str, np.ndarray] = {}
     if job.kind != "cell":
         arrays["samples"] = x
@@ -154,8 +164,8 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
         if (labels := target.labels(indices)) is not None:
             arrays["label"] = np.asarray(labels, np.int64)
     info = {
-        "nfe": nfe,
-        "calls": nfe // panel.cost,
+        "nfe": int(nfe) if nfe.is_integer() else nfe,
+        "calls": evaluations,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "count": len(indices),
