@@ -180,6 +180,6 @@ def _cascade(name: str) -> tuple[float, ...]:
     coefficients = _read(name, "cascade")
     if not coefficients or len(coefficients) % 9:
         raise ValueError(
-            f"{name!r}: a cascade polynomial has nine coefficients for every power, not {len(coefficients)}"
+            f"{name!r}: a polynomial has nine coefficients for every power, not {len(coefficients)}"
         )
     return coefficients

@@ -175,10 +175,10 @@ def fit_cascade(
 ) -> tuple[float, ...]:
     """Coefficients that give ratios for other numbers of evaluations and guidance scales, from searched ones.
 
-    ``ratios[nfe, scale]`` are those of one search. The model is the published cascade: r_i a polynomial in i / NFE whose
-    coefficients are quadratics in scale / 12, whose coefficients are quadratics in NFE / 50. All are fitted in one least
-    squares problem over every ratio that was free, of which the least solution is taken: with fewer than three
-    different scales or numbers of evaluations the quadratics are not determined otherwise.
+    ``ratios[nfe, scale]`` are those of one search. The model is the published cascade: r_i a polynomial in i / NFE
+    whose coefficients are quadratics in scale / 12, whose coefficients are quadratics in NFE / 50. All are fitted in
+    one least squares problem over every ratio that was free, of which the least solution is taken: with fewer than
+    three different scales or numbers of evaluations the quadratics are not determined otherwise.
 
     Raises ValueError without a free ratio.
     """

@@ -116,8 +116,8 @@ def search_solver(
     """The best design of ``nfe`` evaluations that was found before the budget was spent.
 
     Starts from methods made by hand on named grids. ``evaluations`` are those of single samples (a guided one counts
-    once), ``seconds`` end the search as well, and then its result depends on the machine. Raises ValueError for a budget
-    that does not allow one design, and a model on which none works.
+    once); ``seconds`` end the search as well, and then its result depends on the machine. Raises ValueError for a
+    budget that does not allow one design, and a model on which none works.
     """
     budget, rng = Budget(evaluations, seconds), np.random.default_rng(seed)
     few = truth.subset(range(min(FEW, len(truth.indices))))
@@ -150,7 +150,8 @@ def search_solver(
             break
     if not exact or not math.isfinite(min(exact.values())):
         raise ValueError(
-            f"a budget of {evaluations:g} evaluations and {seconds:g} seconds is too small, or nothing is finite on this model"
+            f"a budget of {evaluations:g} evaluations and {seconds:g} seconds is too small, "
+            "or nothing is finite on this model"
         )
     return min(exact, key=exact.__getitem__).table(source.noise_schedule)
 

@@ -1,4 +1,4 @@
-"""From a model and a budget to a table: methods as they are, fits in closed form, refinement; judged on held-out noise."""
+"""From a model and a budget to a table: methods as they are, closed form, refinement; judged on held-out noise."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def check_trajectories(count: int) -> None:
 def best_fixed(
     source: Source, truth: Trajectories, grids: Mapping[str, TimeGrid], say: Say
 ) -> tuple[str, Table, float]:
-    """Name, table and error of the best method without tuning: the first on all grids, the others on its better half."""
+    """Name, table and error of the best method without tuning; all but the first on the better half of the grids."""
     errors = {(SOLVERS[0], name): error(table_of(SOLVERS[0], g), source, truth) for name, g in grids.items()}
     better = sorted(grids, key=lambda name: errors[SOLVERS[0], name])[: (len(grids) + 1) // 2]
     for solver in SOLVERS[1:]:
@@ -139,7 +139,7 @@ def closed_forms(
     say: Say,
     keep: int = 6,
 ) -> list[Candidate]:
-    """Fits in closed form on all grids, and of the ``keep`` best of them with every ridge strength the held-out errors."""
+    """Fits in closed form on all grids; the ``keep`` best of them with every ridge strength, and judged."""
     trained: dict[str, float] = {}
     for name, grid in grids.items():
         try:
