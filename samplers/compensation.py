@@ -7,6 +7,7 @@ https://arxiv.org/abs/2409.03755.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ CASCADES: dict[str, tuple[float, ...]] = {
     )
 }
 """Published coefficients: rising powers of i / NFE, in each falling powers of guidance / 12, in each of NFE / 50."""
+FIRST = 3
+"""The first ratio that a polynomial gives, counted from 1; those before are 1."""
 
 
 @transform(
@@ -88,7 +91,7 @@ def dc(
 
     The r_i are ``ratios`` (one for every evaluation), those of a JSON ``file`` (a list, or an object with the list
     under ``"ratios"``), or of the published polynomial that ``cascade`` names (``sd21``) at the ``guidance`` scale and
-    the number of evaluations. ``fewstep tune`` fits them to a model.
+    the number of evaluations, or of the polynomial in a ``.json`` file. ``fewstep tune --method dc`` finds both.
     """
     if inner.evaluations_per_step != 1:
         raise ValueError(
@@ -99,9 +102,9 @@ def dc(
     if sum(map(bool, (ratios, file, cascade))) != 1:
         raise ValueError("transform 'dc' needs exactly one of ratios, file and cascade")
     if file:
-        ratios = _read(file)
+        ratios = _read(file, "ratios")
     elif cascade:
-        ratios = _cascade(cascade, guidance, grid.steps)
+        ratios = cascade_ratios(_cascade(cascade), guidance, grid.steps)
     if len(ratios) != grid.steps:
         raise ValueError(f"dc has {len(ratios)} ratios for {grid.steps} evaluations; it needs one for each")
     compensation = _Compensation(trace, inner, ratios, order)
@@ -137,27 +140,46 @@ class _Compensation(Rebuilding):
         return self.replaced[key]
 
 
-def _read(file: str) -> tuple[float, ...]:
+def _read(file: str, what: str) -> tuple[float, ...]:
     try:
         data = json.loads(Path(file).read_text(encoding="utf-8"))
-        ratios = data["ratios"] if isinstance(data, dict) else data
-        return tuple(float(r) for r in ratios)
+        return tuple(float(r) for r in (data[what] if isinstance(data, dict) else data))
     except OSError as error:
-        raise ValueError(f"cannot read the ratios of dc from {file!r}: {error.strerror}") from None
+        raise ValueError(f"cannot read the {what} of dc from {file!r}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{file!r} does not hold a list of numbers, or an object with one under 'ratios'"
+            f"{file!r} does not hold a list of numbers, or an object with one under {what!r}"
         ) from None
 
 
-def _cascade(name: str, guidance: float, steps: int) -> tuple[float, ...]:
-    """The ratios of the published polynomial: r_i = sum_p c_p (i / NFE)^p with c_p quadratic in both other numbers."""
-    if name not in CASCADES:
-        raise ValueError(
-            f"no cascade polynomial {name!r}; allowed: {', '.join(CASCADES)}{suggestion(name, CASCADES)}"
-        )
-    in_steps = np.reshape(CASCADES[name], (-1, 3, 3)) @ np.power(steps / 50, [2, 1, 0])
-    coefficients = in_steps @ np.power(guidance / 12, [2, 1, 0])
+def cascade_ratios(coefficients: Sequence[float], guidance: float, steps: int) -> tuple[float, ...]:
+    """The ratios of a cascade polynomial: r_i = sum_p c_p (i / NFE)^p with c_p quadratic in both other numbers."""
+    degree = len(coefficients) // 9 - 1
     return tuple(
-        1.0 if i < 3 else float(np.polyval(coefficients[::-1], i / steps)) for i in range(1, steps + 1)
+        1.0 if i < FIRST else float(np.dot(coefficients, monomials(i, steps, guidance, degree)))
+        for i in range(1, steps + 1)
     )
+
+
+def monomials(i: int, steps: int, guidance: float, degree: int) -> np.ndarray:
+    """What the coefficients of a cascade polynomial multiply in ratio i, counted from 1."""
+    falling = [2, 1, 0]
+    in_both = np.outer(np.power(guidance / 12, falling), np.power(steps / 50, falling)).ravel()
+    return np.outer(np.power(i / steps, np.arange(degree + 1)), in_both).ravel()
+
+
+def _cascade(name: str) -> tuple[float, ...]:
+    """The coefficients of a published polynomial, or of a file that ``fewstep tune --method dc`` wrote."""
+    if name in CASCADES:
+        return CASCADES[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"no cascade polynomial {name!r}; allowed: {', '.join(CASCADES)}, or a .json file"
+            f"{suggestion(name, CASCADES)}"
+        )
+    coefficients = _read(name, "cascade")
+    if not coefficients or len(coefficients) % 9:
+        raise ValueError(
+            f"{name!r}: a polynomial has nine coefficients for every power, not {len(coefficients)}"
+        )
+    return coefficients

@@ -72,17 +72,17 @@ def unipc(
     history: list[tuple[Node, Evaluation]] = [(grid[0], m)]
     for i, t in enumerate(list(grid)[1:]):
         p = min(order, len(history), grid.steps - i if lower_order_final else order)
-        predicted = _step(x, history[:p], None, t, variant, form)
+        predicted = unipc_step(x, history[:p], None, t, variant, form)
         if i == grid.steps - 1:
             return predicted
         predicted, m = trace.evaluate(predicted, t)
         correct = corrector and i not in disable_corrector
-        x = trace.keep(_step(x, history[:p], m, t, variant, form)) if correct else predicted
+        x = trace.keep(unipc_step(x, history[:p], m, t, variant, form)) if correct else predicted
         history = [(t, m), *history][:order]
     return x
 
 
-def _step(
+def unipc_step(
     x: Linear,
     history: list[tuple[Node, Evaluation]],
     new: Evaluation | None,

@@ -121,6 +121,10 @@ class Trajectories:
         """States at the top."""
         return self.states[0]
 
+    def begin(self, node: Node) -> torch.Tensor:
+        """The states of a run that starts at a node: sigma times the unit noise of the samples."""
+        return self.start * (math.sin(angle(node)) / math.sin(float(self.angles[0])))
+
 
 def solve(
     source: Source,

@@ -1,0 +1,114 @@
+"""DC-Solver's searches: the published ratios are found, and the polynomial predicts those of other cells."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import golden_runs
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.eval.targets import load_target
+from fewstep.eval.tuning import source_of
+from fewstep.samplers.compensation import CASCADES, cascade_ratios
+from fewstep.schedules import Node, make_grid
+from fewstep.tuning import Source, Trajectories, error, fit_cascade, search_ratios, solve, table_of
+from fewstep.tuning.dc import spec_of
+from fewstep.tuning.table import angle
+
+
+def published(case) -> tuple[Source, Trajectories, fs.schedules.TimeGrid]:
+    """The problem of a golden search: the exact model, and the reference's trajectory where it looks it up."""
+    meta = case.meta
+    run = golden_runs.find(case)
+    assert run is not None
+    grid = run.grid
+
+    class Exact:
+        prediction = "epsilon"
+
+        def __call__(self, x: torch.Tensor, node: Node) -> torch.Tensor:
+            return torch.from_numpy(case.mixture.epsilon(x.numpy(), node.alpha, node.sigma))
+
+    times = np.asarray(case["gt_ts"])
+    targets = np.linspace(meta["t_start"], meta["t_end"], meta["n"] + 1)[1:]
+    after = [
+        int(np.flatnonzero(times > t + 1e-9)[-1]) for t in targets
+    ]  # a time that is the target's is not above it
+    states = torch.from_numpy(np.stack([case["x_init"], *case["gt_xs"][after].astype(np.float64)]))
+    nodes = np.array([angle(node) for node in grid])
+    truth = Trajectories(tuple(range(8)), nodes, states, torch.zeros_like(states), states[-1])
+    unit_noise = torch.from_numpy(case["x_init"])
+    return (
+        Source(lambda indices: cast(Any, Exact()), lambda indices: unit_noise, grid.noise_schedule),
+        truth,
+        grid,
+    )
+
+
+def test_the_published_search_finds_its_ratios(golden):
+    for name in golden.names("dc"):
+        case = golden.case(name)
+        if "gt_xs" not in case:
+            continue
+        source, truth, grid = published(case)
+        solver, order = (
+            f"unipc:order={case.meta['order']},variant={case.meta['variant']}",
+            case.meta["dc_order"],
+        )
+        found = search_ratios(source, truth, grid, solver=solver, order=order)
+        np.testing.assert_allclose(found, case["dc_ratios"], rtol=0, atol=case.tol)
+
+
+def test_compensation_is_nearer_than_unipc_under_guidance():
+    """The published direction, on fresh noise."""
+    source = source_of(load_target("builtin:digits-unet"), 4.0)
+    truth, fresh = solve(source, range(1000, 1010), 60), solve(source, range(10), 60)
+    grid = make_grid(source.noise_schedule, 5, "trailing")
+    ratios = search_ratios(source, truth, grid, iterations=12)
+    assert ratios[:2] == (1.0, 1.0) and 1.0 not in ratios[2:]
+    assert error(table_of(spec_of(ratios), grid), source, fresh) < error(
+        table_of("unipc:order=3", grid), source, fresh
+    )
+
+
+def test_a_solver_that_cannot_be_compensated_is_refused():
+    source = source_of(load_target("builtin:gmm"))
+    truth = solve(source, range(8), 20)
+    grid = make_grid(source.noise_schedule, 4, "karras")
+    with pytest.raises(ValueError, match="needs one evaluation a step"):
+        search_ratios(source, truth, grid, solver="heun")
+
+
+@pytest.mark.parametrize("scale", [2.0, 7.5])
+@pytest.mark.parametrize("nfe", [6, 9])
+def test_the_polynomial_predicts_cells_that_it_has_not_seen(nfe, scale):
+    """Of ratios that follow the published polynomial exactly, it is found again."""
+    cells = [(n, w) for n in (5, 7, 8, 10, 12) for w in (1.5, 3.0, 5.0, 10.0) if (n, w) != (nfe, scale)]
+    published_ratios = {(n, w): cascade_ratios(CASCADES["sd21"], w, n) for n, w in cells}
+    coefficients = fit_cascade(published_ratios)
+    expected = cascade_ratios(CASCADES["sd21"], scale, nfe)
+    np.testing.assert_allclose(cascade_ratios(coefficients, scale, nfe), expected, rtol=0, atol=1e-6)
+
+
+def test_a_fitted_polynomial_runs_from_its_file(tmp_path):
+    ratios = {(n, w): cascade_ratios(CASCADES["sd21"], w, n) for n in (6, 7, 9) for w in (2.0, 4.0, 7.0)}
+    path = tmp_path / "cascade.json"
+    path.write_text(json.dumps({"cascade": fit_cascade(ratios)}))
+    grid = make_grid(fs.schedules.VP.linear(), 8, "karras")
+    fitted = table_of(f"unipc:order=3+dc:cascade={path},guidance=5", grid)
+    published = table_of("unipc:order=3+dc:cascade=sd21,guidance=5", grid)
+    for row, other in zip(fitted.rows, published.rows):
+        np.testing.assert_allclose(row, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [({(5, 2.0): (1.0, 1.0)}, "2 ratios for 5 evaluations"), ({(2, 2.0): (1.0, 1.0)}, "no free ratio")],
+)
+def test_ratios_that_say_nothing_are_refused(ratios, words):
+    with pytest.raises(ValueError, match=words):
+        fit_cascade(ratios)
