@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import fits, fused
 from .passes import Pass
 
 _EXACT = (torch.float32, torch.float64)
@@ -15,6 +16,11 @@ def write(following: Pass, registers: dict[int, torch.Tensor]) -> None:
     A result has the promoted dtype of what it is the sum of; 16-bit tensors accumulate in fp32 and are rounded once.
     No tensor that was there before is written to, and no device value is read by the host.
     """
+    if following.inputs and (kernel := fused(registers[following.inputs[0]])) is not None:
+        inputs = [registers[r] for r in following.inputs]
+        if fits(inputs, following.rows):
+            registers.update(zip(following.outputs, kernel(inputs, following.rows)))
+            return
     cast: dict[int, torch.Tensor] = {}
     for item in following.sums:
         first = registers[item.first]

@@ -107,7 +107,7 @@ def _written(
     done: dict[int, Form] = {}
     for register, form in needed.items():
         free = register not in seen
-        form = {r: c for r, c in form.items() if c != 0.0} or {r: 0.0 for r in list(form)[:1]}
+        form = {r: c for r, c in form.items() if c != 0.0} or dict.fromkeys(list(form)[:1], 0.0)
         best = min([form, *_through(form, done)], key=lambda terms: _operators(terms, free))
         if free and (scale := max(best.values(), key=abs)) != 0.0:
             scales[register] = 1.0 / scale
