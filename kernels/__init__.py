@@ -6,5 +6,6 @@ docs/kernels.md says how, and how fast.
 
 from .combine import combine, table
 from .dispatch import backend, fits, fused
+from .guidance import Rule, available, guided, products
 
-__all__ = ["backend", "combine", "fits", "fused", "table"]
+__all__ = ["Rule", "available", "backend", "combine", "fits", "fused", "guided", "products", "table"]

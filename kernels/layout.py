@@ -56,3 +56,8 @@ def collapsed(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[list[int
             for s, st in zip(steps, strides):
                 s.append(st[d])
     return sizes or [1], [s or [0] for s in steps]
+
+
+def as_lines(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether each sample is a line as in :func:`as_line`; how far apart samples are is each tensor's own."""
+    return tensors[0].ndim > 1 and tensors[0].shape[0] > 0 and as_line([t[0] for t in tensors])
