@@ -72,11 +72,11 @@ def compute(
 
         if native.fits(inputs, coefs):
             return native.combine(inputs, coefs)
-    if not isinstance(coefs, torch.Tensor):
-        coefs = torch.tensor(coefs, dtype=torch.float64)
-    elif coefs.ndim == 2 and coefs.device.type == "cpu":
-        coefs = coefs.detach()
-    return reference.combine(inputs, coefs)
+    if isinstance(coefs, torch.Tensor):
+        if coefs.ndim == 3 or coefs.device.type != "cpu":
+            return reference.combine(inputs, coefs)
+        coefs = coefs.tolist()
+    return reference.combine_numbers(inputs, coefs)
 
 
 def _differentiable(inputs: Sequence[torch.Tensor], coefs: Rows | torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ def promoted(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 
 
 def combine(inputs: Sequence[torch.Tensor], coefs: torch.Tensor) -> list[torch.Tensor]:
-    """``outputs[i] = sum_j coefs[i, j] inputs[j]``, accumulated in fp32 (float64) in this order and rounded once.
+    """``outputs[i] = sum_j coefs[i, j] inputs[j]``, accumulated in fp32 (float64) and rounded once.
 
     ``coefs`` of shape (outputs, inputs), or (outputs, inputs, B) with a number for each sample (first dimension).
     Differentiable in the inputs and the coefficients.
@@ -35,6 +35,20 @@ def combine(inputs: Sequence[torch.Tensor], coefs: torch.Tensor) -> list[torch.T
         total = row[0] * wide[0]
         for factor, x in zip(row[1:], wide[1:], strict=True):
             total = total + factor * x
+        outputs.append(total.to(dtype))
+    return outputs
+
+
+def combine_numbers(inputs: Sequence[torch.Tensor], rows: Sequence[Sequence[float]]) -> list[torch.Tensor]:
+    """:func:`combine` with numbers: a term with a coefficient of 0 is left out, and only outputs are allocated."""
+    dtype = promoted(inputs)
+    work = work_dtype(dtype)
+    outputs = []
+    for row in rows:
+        (first, factor), *terms = [(x, c) for x, c in zip(inputs, row, strict=True) if c] or [(inputs[0], 0.0)]
+        total = torch.mul(first, factor) if first.dtype is work else first.to(work).mul_(factor)
+        for x, c in terms:
+            total.add_(x, alpha=c)
         outputs.append(total.to(dtype))
     return outputs
 

@@ -3,7 +3,7 @@
 Each sample is cut into at most PARTS parts, one for each program instance; a part writes its sums to its own place, so
 there are no atomics and the result is the same in every run. The second kernel reads all parts of its sample, a few KiB
 that stay in the second-level cache, before its own block. The inputs are read twice from memory, the output is written
-once. Standard deviations are of numbers shifted by the sample's first element, since a sum of squares less the square of
+once. Standard deviations are of numbers shifted by the first element of the sample: a sum of squares less the square of
 the sum would cancel where the mean is large.
 """
 
