@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 import torch
 
+from ..kernels import available, products
 from ..schedules import conversion
 from ..schedules.spec import Range
 from .method import Method, method
 from .run import CONDITIONAL, UNCONDITIONAL, Call, Run
-from .tensors import cosine, wide
+from .tensors import cosine, ratio, wide
 
 
 @dataclass
@@ -97,10 +98,17 @@ class AdaptiveGuidance(Method):
 
     def measure(self, c: torch.Tensor, u: torch.Tensor, call: Call) -> torch.Tensor:
         """The cosine of each sample, shape (B,)."""
+        x = call.x if call.rows is None else call.x[call.rows]
+        if available([c, u, x]):
+            c_x, c_m = conversion(call.run.prediction, call.space(self.space), call.node)
+            inputs, p, q = (
+                ([c, u, x], [c_m, 0.0, c_x], [0.0, c_m, c_x]) if c_x else ([c, u], [c_m, 0.0], [0.0, c_m])
+            )
+            cc, cu, uu = products(inputs, p, q)
+            return ratio(cu, (cc * uu).sqrt(), 0.0)
         if call.space(self.space) != call.run.prediction:
             c_x, c_m = conversion(call.run.prediction, call.space(self.space), call.node)
-            x = wide(call.x if c.shape == call.x.shape else call.x[call.rows])
-            c, u = c_x * x + c_m * c, c_x * x + c_m * u
+            c, u = c_x * wide(x) + c_m * c, c_x * wide(x) + c_m * u
         return cosine(c, u)
 
     def _decide(self, agree: torch.Tensor, state: _Latch) -> None:

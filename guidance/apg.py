@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import torch
 
+from ..kernels import Rule, available, guided
+from ..schedules import conversion
 from ..schedules.spec import NonNegative, Range
 from .method import Method, method
 from .run import Call, Run
@@ -90,11 +92,41 @@ class APG(Method):
         if call.step < self.cfg_steps:
             return plain
         if self.norm:
-            cap = self.norm * ((d[0].numel() / self.size) ** 0.5 if self.size else 1.0)
-            d = d * ratio(torch.full_like(length := norm(d), cap), length).clamp(max=1.0)
+            d = d * ratio(torch.full_like(length := norm(d), self._cap(d)), length).clamp(max=1.0)
         if self.eta != 1.0:
             d = d - (1.0 - self.eta) * ratio(inner(d, axis), inner(axis, axis), 0.0) * axis
         return d / factor
+
+    def fused(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: _Momentum) -> torch.Tensor | None:
+        if call.step < self.cfg_steps:
+            return None
+        factor = call.factor(self.space)
+        c_x, c_m = conversion(call.run.prediction, call.space(self.space), call.node)
+        before = (state.now if call.first else state.before) if self.momentum else None
+        # The inputs are c, u, then the state where the axis needs it, then the momentum.
+        inputs, p, q = [c, u], [factor, -factor], [c_m, 0.0]
+        if c_x and self.eta != 1.0:
+            inputs, p, q = [*inputs, call.x], [*p, 0.0], [*q, c_x]
+        if before is not None:
+            inputs, p, q = [*inputs, before], [*p, self.momentum], [*q, 0.0]
+        if not available(inputs):
+            return None
+        w = call.scale
+        onto_u = self.form == "diffusers"
+        base = [0.0 if onto_u else 1.0, 1.0 if onto_u else 0.0, *(0.0 for _ in inputs[2:])]
+        rule = Rule(
+            "projected",
+            gain=(w - 1.0 if self.form == "paper" else w) / factor,
+            eta=self.eta,
+            cap=self._cap(c),
+        )
+        g, now = guided(inputs, p, q, base, rule, keep=bool(self.momentum) and call.first)
+        if self.momentum and call.first:
+            state.before, state.now = state.now, now
+        return g
+
+    def _cap(self, d: torch.Tensor) -> float:
+        return self.norm * ((d[0].numel() / self.size) ** 0.5 if self.size else 1.0)
 
     def combine(
         self, c: torch.Tensor, u: torch.Tensor, d: torch.Tensor, call: Call, state: _Momentum

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels import available
 from ..schedules import Node
 from ..schedules.spec import bind as bind_options
 from ..schedules.spec import split, suggestion
@@ -153,6 +154,10 @@ class Session:
             self._hooks[h] for h in HOOKS if h not in ("plan", "condition", "observe", "move")
         )
         self.moves = bool(self._hooks["move"])
+        acting = [
+            (i, m) for i, m in numbered if any(m.has(h) for h in HOOKS if h not in ("plan", "condition"))
+        ]
+        self._alone = acting[0] if len(acting) == 1 else None
         self._networks = {k: v for m in guidance.methods for k, v in m.networks().items()}
         self.reset()
 
@@ -254,6 +259,8 @@ class Session:
         elif self.plain:
             work = dict(predictions)
             g = self._plain(call, work)
+        elif (fused := self._fused(call, predictions)) is not None:
+            g, work = fused, {}
         else:
             work = {name: wide(p) for name, p in predictions.items()}
             g = self._guide(call, work).to(next(iter(predictions.values())).dtype)
@@ -269,6 +276,14 @@ class Session:
     def _plain(self, call: Call, p: dict[str, torch.Tensor]) -> torch.Tensor:
         c = p[CONDITIONAL]
         return torch.lerp(p[UNCONDITIONAL], c, call.scale) if call.guided else c
+
+    def _fused(self, call: Call, p: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if self._alone is None or not call.guided or call.rows is not None or call.gradient:
+            return None
+        (i, m), c, u = self._alone, p[CONDITIONAL], p.get(UNCONDITIONAL)
+        if u is None or not available((c, u)):
+            return None
+        return m.fused(c, u, call, self._states[i])
 
     def _guide(self, call: Call, p: dict[str, torch.Tensor]) -> torch.Tensor:
         for i, m in self._hooks["branches"]:

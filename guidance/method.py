@@ -163,6 +163,13 @@ class Method:
     def move(self, x: torch.Tensor, call: Call, state: Any) -> torch.Tensor:
         return x
 
+    def fused(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: Any) -> torch.Tensor | None:
+        """What all its hooks make of c and u where it is alone with CFG, in two kernels; None where they do not apply.
+
+        Only asked for on devices that have kernels; c and u are the network's tensors, not widened.
+        """
+        return None
+
     # -- what users do with it -------------------------------------------------------------------------------------
 
     def __add__(self, other: Method | Guidance) -> Guidance:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import torch
 
+from ..kernels import Rule, available, guided
+from ..schedules import conversion
 from ..schedules.spec import Fraction, Range
 from .method import Method, method
 from .run import Call
@@ -38,6 +40,17 @@ class Rescale(Method):
         g, c = call.to(g, self.space), call.to(c, self.space)
         factor = ratio(deviation(c), deviation(g))
         return call.back(g * (self.phi * factor + (1.0 - self.phi)), self.space)
+
+    def fused(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: None) -> torch.Tensor | None:
+        space, w = call.space(self.space), call.scale
+        t_x, t_m = conversion(call.run.prediction, space, call.node)
+        b_x, b_m = conversion(space, call.run.prediction, call.node)
+        inputs, p, q, base = [c, u], [t_m * w, t_m * (1.0 - w)], [t_m, 0.0], [0.0, 0.0]
+        if t_x or b_x:
+            inputs, p, q, base = [*inputs, call.x], [*p, t_x], [*q, t_x], [*base, b_x]
+        if not available(inputs):
+            return None
+        return guided(inputs, p, q, base, Rule("rescaled", gain=b_m, phi=self.phi))[0]
 
 
 @method("cfg_norm", rank=81, reference="ComfyUI, https://github.com/comfyanonymous/ComfyUI")

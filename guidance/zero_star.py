@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
+from ..kernels import Rule, guided
 from ..schedules import conversion
 from ..schedules.spec import Range
 from .method import Method, method
@@ -60,6 +61,11 @@ class CFGZeroStar(Method):
             return self.factor(c, u) * u
         s = self.factor(call.to(c, "epsilon"), call.to(u, "epsilon"))
         return call.back(s * call.to(u, "denoised"), "denoised")
+
+    def fused(self, c: torch.Tensor, u: torch.Tensor, call: Call, state: None) -> torch.Tensor | None:
+        if self.form != "paper":
+            return None
+        return guided([c, u], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], Rule("scaled", gain=call.scale))[0]
 
     def factor(self, c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """s of each sample."""

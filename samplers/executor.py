@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
 from ..schedules import Node
-from .kernels import combine
+from .kernels import write
 from .noise import NoiseSource
-from .program import Combine, Evaluate, Noise, Program
+from .passes import Pass
+from .program import Evaluate, Program
 
 
 class NumericalError(ArithmeticError):
@@ -57,30 +59,27 @@ class Stepper:
         self.program, self.noise, self.check = program, noise, check
         self.evaluations = 0
         self._registers: dict[int, torch.Tensor] = {0: x}
-        self._position = 0
         self._sums: list[torch.Tensor] = []
-        self._advance()
+        self._advance(program.passes[0], x)
 
     @property
     def done(self) -> bool:
         """Whether ``x`` is the result."""
-        return self._position == len(self.program.ops)
+        return self.program.passes[self.evaluations].evaluate is None
 
     @property
     def node(self) -> Node:
         """Where ``x`` stands: the time of the next evaluation."""
-        if self.done:
-            raise IndexError("the run is done; there is nothing left to evaluate")
         return self.program.nodes[self._pending.node]
 
     @property
     def x(self) -> torch.Tensor:
         """The state to evaluate, or the result."""
-        return self._registers[self.program.output if self.done else self._pending.src]
+        return self._registers[self._current]
 
     @x.setter
     def x(self, value: torch.Tensor) -> None:
-        self._registers[self.program.output if self.done else self._pending.src] = value
+        self._registers[self._current] = value
 
     def fork(self) -> Stepper:
         """An independent run from here on that shares the tensors so far (nothing writes to them) and the noise."""
@@ -89,19 +88,24 @@ class Stepper:
         return other
 
     @property
+    def _current(self) -> int:
+        evaluate = self.program.passes[self.evaluations].evaluate
+        return self.program.output if evaluate is None else evaluate.src
+
+    @property
     def _pending(self) -> Evaluate:
-        op = self.program.ops[self._position]
-        assert isinstance(op, Evaluate)
-        return op
+        evaluate = self.program.passes[self.evaluations].evaluate
+        if evaluate is None:
+            raise IndexError("the run is done; there is nothing left to evaluate")
+        return evaluate
 
     def step(self, prediction: torch.Tensor) -> torch.Tensor:
         """Take the prediction for ``(x, node)`` and go on to the next evaluation; returns the new ``x``.
 
         Raises ValueError if the shape is not that of ``x``, IndexError if the run is done, NumericalError.
         """
-        if self.done:
-            raise IndexError("the run is done; there is nothing left to evaluate")
-        op, x = self._pending, self.x
+        evaluate, registers = self._pending, self._registers
+        x = registers[evaluate.src]
         if prediction.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(prediction.shape)} for a state of shape {tuple(x.shape)} "
@@ -109,40 +113,37 @@ class Stepper:
             )
         if self.check:
             self._look(prediction)
-        self._registers[op.dst] = prediction
-        self._release(self._position)
-        self._position += 1
+        registers[evaluate.dst] = prediction
+        following = self.program.passes[self.evaluations + 1]
+        self._advance(following, x)
         self.evaluations += 1
-        self._advance()
-        if self.done and self.check and self._sums:
-            self._look_back()
-        return self.x
+        if following.evaluate is None:
+            if self._sums:
+                self._look_back()
+            return registers[self.program.output]
+        return registers[following.evaluate.src]
 
-    def _advance(self) -> None:
-        """Execute up to the next evaluation."""
-        ops = self.program.ops
-        while self._position < len(ops) and not isinstance(op := ops[self._position], Evaluate):
-            if isinstance(op, Combine):
-                self._registers[op.dst] = combine([(self._registers[src], coef) for src, coef in op.terms])
-            elif isinstance(op, Noise):
-                assert self.noise is not None
-                like = next(iter(self._registers.values()))
-                nodes = self.program.nodes
-                self._registers[op.dst] = self.noise(like, nodes[op.start], nodes[op.stop])
-            self._release(self._position)
-            self._position += 1
-
-    def _release(self, index: int) -> None:
-        for register in self.program.releases[index]:
-            del self._registers[register]
+    def _advance(self, following: Pass, like: torch.Tensor) -> None:
+        """Execute up to the next evaluation. ``like`` is the state that was evaluated."""
+        registers = self._registers
+        if following.draws:
+            assert self.noise is not None
+            nodes = self.program.nodes
+            for draw in following.draws:
+                registers[draw.dst] = self.noise(like, nodes[draw.start], nodes[draw.stop])
+        write(following, registers)
+        for dst, src in following.aliases:
+            registers[dst] = registers[src]
+        for register in following.releases:
+            del registers[register]
 
     def _look(self, prediction: torch.Tensor) -> None:
-        # One reduction: the sum of the absolute values is finite exactly if every element is (fp32 and wider).
+        # One reduction: a sum with NaN or infinity in it is not finite either. A finite one may overflow.
         wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-        total = torch.linalg.vector_norm(prediction, 1, dtype=wide)
+        total = prediction.sum(dtype=wide)
         if prediction.device.type != "cpu":
             self._sums.append(total)
-        elif not torch.isfinite(total) and not torch.isfinite(prediction).all():
+        elif not math.isfinite(total.item()) and not torch.isfinite(prediction).all():
             self._fail(self.evaluations, self.x)
 
     def _look_back(self) -> None:

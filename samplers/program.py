@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from ..schedules import PREDICTIONS, Node
 from ..schedules.parametrization import Prediction
+from .passes import Pass, passes
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -125,8 +126,16 @@ class Program:
         )
         return max(live, default=0)
 
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """What is computed before the first evaluation and after each, as it is executed."""
+        return passes(self)
+
     def __deepcopy__(self, memo: object) -> Program:
         return self  # frozen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # not what follows from them
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -15,10 +15,11 @@ import repository
 # A layer may import the layers named here, and itself. `eval` may also read the front door (its version).
 BELOW: dict[str, set[str]] = {
     "schedules": set(),
-    "samplers": {"schedules"},
+    "kernels": set(),
+    "samplers": {"schedules", "kernels"},
     "tuning": {"schedules", "samplers"},
-    "guidance": {"schedules"},
-    "hosts": {"schedules", "samplers", "tuning", "guidance"},
+    "guidance": {"schedules", "kernels"},
+    "hosts": {"schedules", "kernels", "samplers", "tuning", "guidance"},
     "eval": {"schedules", "samplers", "tuning", "guidance", "hosts"},
 }
 FRONT_DOOR = "the package's __init__"
@@ -26,7 +27,9 @@ FRONT_DOOR = "the package's __init__"
 # it).
 OUTSIDE: dict[str, tuple[set[str], set[str]]] = {
     "schedules": ({"numpy"}, set()),
-    "samplers": ({"numpy", "torch"}, {"triton"}),
+    # A Triton kernel is a module of its own, imported where it is called.
+    "kernels": ({"torch", "triton"}, set()),
+    "samplers": ({"numpy", "torch"}, set()),
     "guidance": ({"numpy", "torch"}, set()),
     "tuning": ({"numpy", "torch"}, {"safetensors", "scipy"}),
 }
@@ -151,7 +154,8 @@ def test_every_layer_has_its_rule() -> None:
         (("schedules",), "import torch"),
         (("schedules",), "def f():\n    import torch"),
         (("samplers",), "import scipy.special"),
-        (("samplers",), "import triton"),
+        (("samplers",), "def f():\n    import triton"),
+        (("kernels",), "from ..samplers import program"),
         (("samplers",), "from fewstep.schedules import grid"),
         (("samplers",), "import samplers.program"),
         (("samplers",), "import importlib\nimportlib.import_module('fewstep.eval')"),
@@ -175,7 +179,8 @@ def test_a_wrong_import_is_found(inside: tuple[str, ...], source: str) -> None:
         ((), "from .hosts.library import sample"),
         (("schedules",), "import math\nimport numpy as np\nfrom .noise import NoiseSchedule"),
         (("samplers",), "import torch\nfrom ..schedules import TimeGrid\nfrom . import program"),
-        (("samplers",), "def f():\n    import triton"),
+        (("kernels",), "import triton"),
+        (("samplers",), "from ..kernels import combine"),
         (("samplers", "tables"), "from ...schedules import grid\nfrom ..program import Program"),
         (("hosts",), "from ..guidance.cfg import CFG\nfrom ..samplers import registry\nimport diffusers"),
         (("eval",), "from .. import __version__, hosts\nimport typer"),

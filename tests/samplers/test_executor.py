@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep as fs
-from fewstep.samplers import BrownianNoise, Stepper, WhiteNoise
-from fewstep.samplers.kernels import combine
+from fewstep.samplers import BrownianNoise, Combine, Evaluate, Noise, Program, Stepper, WhiteNoise
 from fewstep.samplers.noise import standard_normal
 from fewstep.schedules import EDM, VP, Node, make_grid
 
@@ -82,23 +82,83 @@ def test_registers_are_freed_as_soon_as_nothing_reads_them():
     assert most <= program.memory and len(stepper._registers) == 1
 
 
-def test_combine_rounds_once_and_promotes():
+def combined(tensors: list[torch.Tensor], coefs: list[float]) -> torch.Tensor:
+    """What the executor makes of one combination."""
+    ops = (Noise(1, 0, 1), Noise(2, 0, 1), Noise(3, 0, 1))[: len(tensors) - 1]
+    program = Program(tuple(GRID), (*ops, Combine(4, tuple(enumerate(coefs)))), 4).check()
+    noises = iter(tensors[1:])
+    return Stepper(program, tensors[0], lambda like, start, stop: next(noises)).x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_combination_rounds_once(dtype):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1000, generator=generator) for _ in range(4)]
+    tensors = [torch.randn(1000, generator=generator).to(dtype) for _ in range(4)]
     coefs = [1.7, -0.3, 0.9, 1e-3]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        stored = [t.to(dtype) for t in tensors]
-        exact = torch.stack([c * t.double() for c, t in zip(coefs, stored)]).sum(0)
-        result = combine(list(zip(stored, coefs)))
-        ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
-        assert result.dtype == dtype
-        scale = ulp if dtype != torch.float32 else 8 * torch.finfo(dtype).eps * torch.ones_like(exact)
-        assert ((result.double() - exact).abs() <= scale).all()
-    mixed = combine([(tensors[0], 1.0), (tensors[1].half(), 2.0)])
-    assert mixed.dtype == torch.float32
-    x = tensors[0].clone()
-    combine([(x, 1.0), (tensors[1], 2.0), (tensors[2], 3.0)])
-    assert torch.equal(x, tensors[0])  # operands are never written
+    exact = torch.stack([c * t.double() for c, t in zip(coefs, tensors)]).sum(0)
+    result = combined(tensors, coefs)
+    assert result.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    bound = eps * exact.abs() if dtype in (torch.float16, torch.bfloat16) else torch.full_like(exact, 8 * eps)
+    assert ((result.double() - exact).abs() <= bound.clamp_min(torch.finfo(dtype).tiny)).all()
+
+
+def test_a_combination_promotes_and_leaves_its_operands():
+    x, y, z = (torch.randn(100, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    assert combined([x, y.half()], [1.0, 2.0]).dtype == torch.float32
+    assert combined([y.half(), x], [1.0, 2.0]).dtype == torch.float32
+    before = x.clone()
+    combined([x, y, z], [1.0, 2.0, 3.0])
+    combined([x, y, z], [1.5, 2.0, 3.0])
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "spec", ["dpmpp_2m", "unipc:order=3", "sa_solver", "dpmpp_sde", "heun", "ddim+restart"]
+)
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_passes_compute_what_the_program_says(spec, prediction):
+    """Scaled values, aliases and shared sums change nothing but roundings; float64 shows it."""
+    program = fs.compile(spec, GRID, prediction=prediction)
+    torch.manual_seed(0)
+    start = torch.randn(2, 5, dtype=torch.float64)
+    answers = [torch.randn(2, 5, dtype=torch.float64) for _ in range(program.nfe)]
+    noises = {op.dst: torch.randn(2, 5, dtype=torch.float64) for op in program.ops if isinstance(op, Noise)}
+    draws, sources = iter(noises.values()), dict(noises)
+    sources[0] = start
+    stepper, states = Stepper(program, start, lambda like, start, stop: next(draws)), []
+    for op, answer in zip([op for op in program.ops if isinstance(op, Evaluate)], answers, strict=True):
+        states.append(stepper.x)
+        sources[op.dst] = answer
+        stepper.step(answer)
+    expected, result = program.unroll()
+    for form, state in zip([*expected, result], [*states, stepper.x], strict=True):
+        exact = sum((c * sources[r] for r, c in form.items()), torch.zeros_like(start))
+        torch.testing.assert_close(state, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [("euler", 2), ("dpmpp_2m", 4), ("unipc", 5), ("unipc:order=3", 6), ("deis:order=3", 4)]
+)
+def test_a_steady_step_takes_few_operators(spec, most):
+    program = fs.compile(spec, make_grid(VP.linear(), 10, "karras"), prediction="epsilon")
+    stepper, counts = Stepper(program, torch.randn(1, 4), check=False), []
+    answer = torch.ones(1, 4)
+    while not stepper.done:
+        with Operators() as seen:
+            stepper.step(answer)
+        counts.append(seen.count)
+    assert max(counts) <= most
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that reach the dispatcher."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------
