@@ -22,8 +22,10 @@ from .diffusers_config import canonical, reject_unknown, settings_of, spelled_ou
 from .diffusers_grid import Request, Settings
 from .diffusers_noise import Forward, from_numpy, numbers
 from .diffusers_plan import make_plan
-from .diffusers_run import Run
+from .diffusers_run import FewStepSchedulerOutput, Run
 from .diffusers_step import Stepping
+
+__all__ = ["FewStepScheduler", "FewStepSchedulerOutput"]
 
 # What loaders of pipelines pass to every component.
 _LOADER = {

@@ -29,8 +29,8 @@ class Stepping(PerThread):
 
     _handle: int
     _warned: set[str]
-    _values: Mapping[str, Any]
-    _clips: bool
+    _values: Any
+    _clips: Any
 
     def set_timesteps(
         self, num_inference_steps: Any = None, device: Any = None, timesteps: Any = None

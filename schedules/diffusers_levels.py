@@ -129,7 +129,7 @@ def _indices(config: Config, source: Source, steps: int) -> Array:
 
 def _distilled(original: int, source: Source, steps: int, strength: float) -> Array:
     """Indices of LCM and TCD: evenly chosen from the ``original`` ones that the network was distilled at."""
-    known = np.arange(1, int(original * strength) + 1)[::-1] * (source.train_steps // original) - 1.0
+    known = np.arange(int(original * strength), 0.0, -1.0) * (source.train_steps // original) - 1.0
     if len(known) < steps:
         raise ValueError(
             f"this model was distilled for {original} timesteps; at strength {strength:g} it can take {len(known)} "

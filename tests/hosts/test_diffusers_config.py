@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 from pathlib import Path
@@ -203,6 +204,10 @@ def test_changed_configs_are_read_late() -> None:
 
 def test_public_interface() -> None:
     scheduler = make("unipc")
+    t = scheduler.timesteps[0]
+    assert isinstance(
+        scheduler.step(X, t, X), importlib.import_module("fewstep.hosts.diffusers").FewStepSchedulerOutput
+    )
     assert scheduler.order == 1
     assert scheduler.init_noise_sigma == 1.0
     assert len(scheduler) == 1000

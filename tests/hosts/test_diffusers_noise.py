@@ -70,6 +70,9 @@ def test_variance_of_the_reverse_step() -> None:
     [("DDPMScheduler", "sigmoid"), ("DDPMScheduler", "laplace"), ("HeunDiscreteScheduler", "exp")],
 )
 def test_rare_beta_schedules(name: str, beta_schedule: str) -> None:
-    native = getattr(diffusers, name)(beta_schedule=beta_schedule)
+    try:
+        native = getattr(diffusers, name)(beta_schedule=beta_schedule)
+    except NotImplementedError:
+        pytest.skip(f"this version of diffusers has no {beta_schedule!r}")
     ours = FewStepScheduler.from_config(native.config)
     assert torch.allclose(ours.betas, native.betas, atol=1e-6)

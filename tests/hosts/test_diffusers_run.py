@@ -99,7 +99,8 @@ def test_the_host_of_a_copy_holds_tensors_of_the_original(solver: str, keep_floa
     """That is no edit of the latents, and the fp32 state behind them is found again."""
     scheduler = make(solver, 12, keep_float32=keep_float32)
     x = X.bfloat16() if keep_float32 else X
-    for t in scheduler.timesteps[:5]:
+    times = scheduler.timesteps
+    for t in times[:5]:
         x = scheduler.step(network(x, t), t, x)[0]
     edited, copied = copy.deepcopy(scheduler), copy.deepcopy(scheduler)
     with warnings.catch_warnings():
@@ -108,7 +109,7 @@ def test_the_host_of_a_copy_holds_tensors_of_the_original(solver: str, keep_floa
     assert torch.equal(*results)
     if solver == "heun":
         with pytest.warns(UserWarning, match="were replaced"):
-            edited.step(network(x, t), scheduler.timesteps[5], x * 0.5)
+            edited.step(network(x, times[5]), times[5], x * 0.5)
 
 
 class NoReads(TorchDispatchMode):
