@@ -149,21 +149,21 @@ class Networks:
 
     # -- evaluations -----------------------------------------------------------------------------------------------
 
-    def predict(self, call: NetworkCall, selection: Selection, opened: Call) -> list[torch.Tensor]:
-        """Predictions for some rows of a call, one tensor a stream."""
-        arguments = call.arguments
+    def predict(
+        self, call: NetworkCall, selection: Selection, opened: Call
+    ) -> list[dict[str, torch.Tensor]]:
+        """Predictions of the branches that are selected of a call, by name; one dictionary a stream."""
+        arguments, labels = call.arguments, selection.place(CONDITIONAL)
         if selection.rows is not None:
             arguments = self.layout.rows(arguments, selection.rows, call.count)
-        if opened.gradient:
-            x = opened.x
-            arguments = self._with_state(
-                arguments, torch.cat([x if r is None else x[r] for r in selection.own])
-            )
-        labels = selection.place(CONDITIONAL)
         with self._labelled(labels), torch.enable_grad() if opened.gradient else nullcontext():
+            if opened.gradient:
+                parts = [opened.x if rows is None else opened.x[rows] for rows in selection.own]
+                arguments = self._with_state(arguments, torch.cat(parts))
             if labels is not None:
                 arguments = self._conditioned(arguments, labels, sum(selection.lengths))
-            return self.run(replace(call, arguments=arguments), labels)
+            outputs = self.run(replace(call, arguments=arguments), labels)
+            return [dict(zip(selection.names, output.split(selection.lengths))) for output in outputs]
 
     def evaluate(
         self, branch: Any, x: torch.Tensor, node: Node, rows: torch.Tensor | None = None

@@ -50,9 +50,7 @@ def _batched(run: GuidedRun, call: NetworkCall, states: list[torch.Tensor]) -> A
         wanted[IMAGE] = wanted[UNCONDITIONAL]
     if wanted:
         selection = Selection.of(order, wanted, batch, states[0].device)
-        outputs = networks.predict(call, selection, step.calls[0])
-        for predictions, output in zip(step.predictions, outputs):
-            predictions.update(zip(selection.names, output.split(selection.lengths)))
+        step.add(networks.predict(call, selection, step.calls[0]))
         _further_branches(run, step)
     g = run.finish(step)
     return networks.output([torch.cat([networks.full(x, i)] * len(order)) for i, x in enumerate(g)], call)
@@ -73,8 +71,7 @@ def _one_branch(run: GuidedRun, call: NetworkCall, states: list[torch.Tensor]) -
     if role in wanted:
         selection = Selection.of([role], {role: wanted[role]}, networks.batch, states[0].device)
         selection = replace(selection, rows=wanted[role])
-        for predictions, output in zip(step.predictions, networks.predict(call, selection, step.calls[0])):
-            predictions[role] = output
+        step.add(networks.predict(call, selection, step.calls[0]))
         if role == CONDITIONAL:
             _further_branches(run, step)
     if step.result is None and all(name in step.predictions[0] for name in wanted):

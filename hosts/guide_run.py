@@ -38,6 +38,11 @@ class Step:
     result: list[torch.Tensor] | None = None
     conditional: list[torch.Tensor] | None = None
 
+    def add(self, predictions: list[dict[str, torch.Tensor]]) -> None:
+        """Branches have run."""
+        for known, new in zip(self.predictions, predictions):
+            known.update(new)
+
     @property
     def wanted(self) -> dict[str, torch.Tensor | None]:
         """Branches that run, and for which rows of the batch (None: all); they are shared by the streams."""
@@ -179,10 +184,9 @@ class GuidedRun:
         """The guided predictions of a step whose branches have run."""
         step.result = []
         for session, call, predictions in zip(self.sessions, step.calls, step.predictions):
-            own = {
-                n: _of_rows(p, call, n) for n, p in predictions.items() if n in call.branches or n == IMAGE
-            }
             with torch.enable_grad() if call.gradient else nullcontext():
+                asked = {n: p for n, p in predictions.items() if n in call.branches or n == IMAGE}
+                own = {n: _of_rows(p, call, n) for n, p in asked.items()}
                 g = session.finish(call, own)
             if IMAGE in own and UNCONDITIONAL in own:
                 rows, term = (

@@ -25,6 +25,11 @@ from fewstep.guidance import Guidance
 STEPS = 6
 
 
+def close(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
 @dataclass(frozen=True)
 class Kind:
     """A case, arguments that turn its guidance on, and its own guidance as ours: scale w and further methods.

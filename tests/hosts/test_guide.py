@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import guided_pipelines
-from guided_pipelines import ALL, KINDS, STEPS, Kind, counted
+from guided_pipelines import ALL, KINDS, STEPS, Kind, close, counted
 from tiny_pipelines import diffusers
 
 import fewstep as fs
@@ -21,9 +21,6 @@ from fewstep.schedules.skipping import patterned_steps
 
 FAST = ("sd", "sdxl", "flux", "dit", "z_image", "instruct", "controlnet", "cosmos")
 full = pytest.mark.full
-
-
-EPS = 1e-5
 
 
 def kinds(fast: tuple[str, ...], among: dict[str, Kind] = ALL) -> Any:
@@ -34,11 +31,6 @@ def kinds(fast: tuple[str, ...], among: dict[str, Kind] = ALL) -> Any:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def network(kind: Kind, pipe: Any) -> Any:
