@@ -149,9 +149,7 @@ class Networks:
 
     # -- evaluations -----------------------------------------------------------------------------------------------
 
-    def predict(
-        self, call: NetworkCall, selection: Selection, opened: Call
-    ) -> list[dict[str, torch.Tensor]]:
+    def predict(self, call: NetworkCall, selection: Selection, opened: Call) -> list[dict[str, torch.Tensor]]:
         """Predictions of the branches that are selected of a call, by name; one dictionary a stream."""
         arguments, labels = call.arguments, selection.place(CONDITIONAL)
         if selection.rows is not None:

@@ -119,7 +119,7 @@ def _own_weak(run: GuidedRun, call: NetworkCall) -> Any:
     step, networks = run.step, run.networks
     if step is None or step.result is None:
         run.unknown()
-    weak = step.result
+    step.extended, weak = True, step.result
     if step.conditional is not None:
         outputs = networks.run(call, None)
         run.sessions[0].nfe += len(outputs[0])

@@ -91,6 +91,35 @@ def counted(*modules: Any) -> Iterator[Counter]:
             hook.remove()
 
 
+def with_image_prompt(kind: Kind) -> Any:
+    """A Stable Diffusion pipeline whose network is given the embedding of an image too, with random weights."""
+    source = kind.pipeline()
+    network = unet()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    adapter, key = {}, 1
+    for name in network.attn_processors:
+        if name.endswith("attn1.processor"):
+            continue
+        channels = network.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        adapter |= {f"{key}.to_{k}_ip.weight": normal(channels, 8) for k in "kv"}
+        key += 2
+    projection = {
+        "proj.weight": normal(4 * 8, 8),
+        "proj.bias": normal(4 * 8),
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+    }
+    network._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": adapter}])
+    network.eval().requires_grad_(False)
+    pipe = type(source)(**{**source.components, "unet": network}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _negative(*names: str, **changes: Any) -> Callable[[], dict[str, Any]]:
     shapes = {
         "negative_prompt_embeds": (1, 5, 8),

@@ -12,8 +12,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from guided_pipelines import ALL, KINDS, Kind, counted
-from tiny_pipelines import diffusers
+from guided_pipelines import KINDS, Kind, counted
 
 import fewstep as fs
 
@@ -65,7 +64,9 @@ USES: dict[str, Use] = {
         lambda n: 2 * (n - 1),
     ),
     "adaptive_skips": Use(
-        lambda p, k: fs.Extrapolate("adaptive", tolerance=math.inf, protect_first=0, protect_last=0, anchor=0),
+        lambda p, k: fs.Extrapolate(
+            "adaptive", tolerance=math.inf, protect_first=0, protect_last=0, anchor=0
+        ),
         lambda n: 2 * (n - 1),
         lambda n: 2 * n,
     ),
@@ -83,7 +84,9 @@ USES: dict[str, Use] = {
         lambda n: 2 * n + n // 2 - 1,
         one_step=True,
     ),
-    "classifier": Use(lambda p, k: fs.ClassifierGuidance(log_prob=lambda x, t: -x.flatten(1).square().sum(1))),
+    "classifier": Use(
+        lambda p, k: fs.ClassifierGuidance(log_prob=lambda x, t: -x.flatten(1).square().sum(1))
+    ),
     "energy": Use(lambda p, k: fs.EnergyGuidance(energy=lambda x, t: x.flatten(1).square().mean(1))),
     "reward": Use(lambda p, k: fs.RewardGuidance(reward=lambda x: -x.flatten(1).square().mean(1))),
     "dps": Use(lambda p, k: fs.DPS(**INVERSE), one_step=True),
@@ -95,7 +98,10 @@ USES: dict[str, Use] = {
 def one_step(pipe: Any) -> Any:
     """A scheduler for the pipeline's model that keeps nothing but the state."""
     config = pipe.scheduler.config
-    if type(pipe.scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+    if (
+        type(pipe.scheduler).__name__.startswith("FlowMatch")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
         return fs.FewStepScheduler.from_config(config, solver="euler")
     return fs.FewStepScheduler.from_config(config, solver="ddim")
 
@@ -112,7 +118,18 @@ def refusal(name: str, kind: Kind) -> str | None:
     return None
 
 
-FAST_METHODS = ("cads", "pag", "slg", "pcg", "cfgpp", "minority", "dps", "perp_neg", "adaptive_skips", "mahiro")
+FAST_METHODS = (
+    "cads",
+    "pag",
+    "slg",
+    "pcg",
+    "cfgpp",
+    "minority",
+    "dps",
+    "perp_neg",
+    "adaptive_skips",
+    "mahiro",
+)
 
 
 def matrix() -> list[Any]:

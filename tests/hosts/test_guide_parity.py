@@ -25,7 +25,11 @@ STABLE_DIFFUSION = (
     (fs.CFG(3.0) + fs.SelfGuidedMinority(every=2), "ddim"),
     (fs.CFG(3.0) + fs.Extrapolate("h3/s3", protect_first=0, protect_last=0), "euler"),
     (fs.CFG(2.0) + fs.DPS(operator=lambda x: x[:, :1], measurement=torch.zeros(1, 1, 16, 16)), "ddim"),
-    (fs.CFG(2.0) + fs.MMPS(2, noise=0.2, operator=lambda x: x[:, :1], measurement=torch.zeros(1, 1, 16, 16)), "deis"),
+    (
+        fs.CFG(2.0)
+        + fs.MMPS(2, noise=0.2, operator=lambda x: x[:, :1], measurement=torch.zeros(1, 1, 16, 16)),
+        "deis",
+    ),
 )
 FLUX = (
     (fs.APG(3.0) + fs.CADS(0.5), "euler"),
