@@ -49,6 +49,7 @@ if __package__:  # pytest imports this file as a bare module where the checkout'
 
 if TYPE_CHECKING:
     from .hosts.diffusers import FewStepScheduler
+    from .hosts.guide import guide
 
 __version__ = "0.1.0"
 
@@ -94,6 +95,7 @@ __all__ = [
     "Stepper",
     "compile",
     "guidance",
+    "guide",
     "sample",
     "sample_adaptive",
     "schedules",

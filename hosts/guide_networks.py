@@ -187,8 +187,7 @@ class Networks:
 
     def run(self, call: NetworkCall, keep: slice | None) -> list[torch.Tensor]:
         """Call the network; predictions, one a stream. What else it returns is kept of the rows ``keep``."""
-        self._renew_caches(call)
-        with self._inside():
+        with self._inside(), self._renewed_caches(call):
             output = call.arguments.call(call.function)
         self._template.learn(output)
         predictions = []
@@ -225,13 +224,16 @@ class Networks:
         finally:
             self.labels = None
 
-    def _renew_caches(self, call: NetworkCall) -> None:
-        """Caches of features hold the rows of the call before; with others they are of no use."""
-        if getattr(call.module, "is_cache_enabled", False):
-            key, rows = (id(call.module), self.context), len(self._state(call.arguments, 0))
-            if self._rows.get(key, rows) != rows:
-                call.module._reset_stateful_cache()
-            self._rows[key] = rows
+    def _renewed_caches(self, call: NetworkCall) -> Any:
+        """Caches of features hold the rows of the call before: with other rows they begin anew."""
+        if not getattr(call.module, "is_cache_enabled", False):
+            return nullcontext()
+        key, rows = (id(call.module), self.context), len(self._state(call.arguments, 0))
+        before, self._rows[key] = self._rows.get(key, rows), rows
+        if before == rows:
+            return nullcontext()
+        call.module._reset_stateful_cache()
+        return nullcontext() if self.context is None else call.module.cache_context(self.context)
 
     def _at(self, arguments: Arguments, node: Node) -> Arguments:
         """The arguments at a time: the one of the last evaluation, the next, or any other."""
@@ -298,8 +300,8 @@ class Networks:
         """With room for a learned variance, before any has been seen."""
         call = next(iter(self.calls.values()))
         config = getattr(call.module, "config", None)
-        channels = getattr(config, "in_channels", None)
-        if channels == out.shape[1] and getattr(config, "out_channels", None) == 2 * channels:
+        channels = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+        if channels == (out.shape[1], 2 * out.shape[1]):
             return torch.cat([out, torch.zeros_like(out)], dim=1)
         return out
 

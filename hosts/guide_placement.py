@@ -1,7 +1,7 @@
-"""What a pipeline is given where it calls its network, so that whatever affine formula it applies gives the guided g.
+"""What a pipeline is given where it calls its network: whatever affine formula it applies then gives the guided g.
 
-With both branches in one call it gets ``[g, g]``. Of two calls the first returns a tensor that is filled with g when the
-second comes, which returns g too: ``g + s (g - g) = g`` exactly, in every precision.
+With both branches in one call it gets ``[g, g]``. Of two calls the first returns a tensor that is filled with g when
+the second comes, which returns g too: ``g + s (g - g) = g`` exactly, in every precision.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def network(run: GuidedRun, module: Any, function: Callable[..., Any], args: Any
     count, batch, order = len(states[0]), run.networks.batch, run.layout.order
     if count not in (batch, batch * len(order)):
         raise GuidanceNotApplied(
-            f"{type(run.pipe).__name__} calls its network with {count} rows for {batch} samples, which is not a form of "
-            "guidance that is known here"
+            f"{type(run.pipe).__name__} calls its network with {count} rows for {batch} samples, which is not a form "
+            "of guidance that is known here"
         )
     call = replace(call, count=count)
     return _one_branch(run, call, states) if count == batch else _batched(run, call, states)

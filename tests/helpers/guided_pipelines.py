@@ -22,7 +22,7 @@ from tiny_pipelines import _vae as vae
 import fewstep as fs
 from fewstep.guidance import Guidance
 
-STEPS = 6
+STEPS = 4
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -52,7 +52,7 @@ class Kind:
         pipe.scheduler = case.native()
         return pipe
 
-    def call(self, pipe: Any, steps: int = STEPS, **changes: Any) -> torch.Tensor:
+    def call(self, pipe: Any, steps: Any = STEPS, **changes: Any) -> torch.Tensor:
         """Run the pipeline from the same noise."""
         torch.manual_seed(0)
         return CASES[self.case].call(pipe, steps, **{**self.changes(), **changes})
@@ -280,7 +280,8 @@ def _ltx2() -> Any:
         rope_double_precision=False,
         rope_type="split",
     )
-    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
     connectors = LTX2TextConnectors(
         caption_channels=16,

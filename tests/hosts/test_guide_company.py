@@ -29,7 +29,7 @@ def _wrapped(pipe: Any, backend: Any) -> None:
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("compiled", [_compiled_in_place, _wrapped])
+@pytest.mark.parametrize("compiled", [_compiled_in_place, pytest.param(_wrapped, marks=pytest.mark.full)])
 def test_a_compiled_network_stays_one_graph(compiled: Any) -> None:
     """One graph for both branches and one for the conditional alone; the guidance is outside of them."""
     kind, graphs = KINDS["pixart"], []
@@ -72,11 +72,14 @@ def test_hooks_of_accelerate_before_and_after() -> None:
         hooks.remove_hook_from_module(pipe.unet)
 
 
-@pytest.mark.parametrize("name", ["flux", "ltx2"])
+@pytest.mark.parametrize("name", ["flux", "ltx"])
 def test_caches_of_features(name: str) -> None:
     """As without guidance; where fewer rows run, the cache begins anew; what cannot go with it says so."""
-    kind = ALL[name]
+    kind = KINDS[name]
     pipe = kind.pipeline()
+    plain = pipe.transformer
+    if len(plain.transformer_blocks) == 1 and name == "ltx":  # the cache is about the blocks after the first
+        pipe.transformer = type(plain).from_config(plain.config, num_layers=2).eval().requires_grad_(False)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
     try:
         own = kind.call(pipe)
@@ -89,6 +92,7 @@ def test_caches_of_features(name: str) -> None:
             kind.call(pipe)
     finally:
         pipe.transformer.disable_cache()
+        pipe.transformer = plain
 
 
 def test_a_module_whose_class_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +129,7 @@ def test_an_image_prompt() -> None:
         assert close(kind.call(pipe, **given), own) < 1e-5
     with fs.guide(pipe, fs.CFG(3.0) + fs.AdaptiveGuidance(-1.0)) as handle, counted(pipe.unet) as counter:
         kind.call(pipe, **given)
-        assert counter.calls == [2, *[1] * 6] and handle.nfe == 8
+        assert counter.calls == [2, *[1] * STEPS] and handle.nfe == STEPS + 2
 
 
 def test_weak_branches_of_a_pipelines_own() -> None:
@@ -240,7 +244,7 @@ def test_misuse_is_refused_before_any_work() -> None:
         with pytest.raises(ValueError, match=word):
             fs.guide(pipe, guidance)
     with pytest.raises(TypeError, match="skip is"):
-        fs.guide(pipe, 3.0, skip=fs.CFG(2.0))  # type: ignore[arg-type]
+        fs.guide(pipe, 3.0, skip=fs.CFG(2.0))
     with pytest.raises(TypeError, match="pipeline of diffusers"):
         fs.guide(pipe.unet, 3.0)
 
@@ -266,7 +270,7 @@ def test_guidance_that_ends_early_in_the_pipeline() -> None:
     kind = KINDS["z_image"]
     pipe = kind.pipeline()
     with fs.guide(pipe, 4.0), pytest.raises(GuidanceNotApplied, match="end its guidance early"):
-        kind.call(pipe, cfg_truncation=0.5)
+        kind.call(pipe, cfg_truncation=0.1)
     with fs.guide(pipe, fs.CFG(4.0, stop=0.1)):
         assert torch.isfinite(kind.call(pipe, cfg_truncation=0.9)).all()
 

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from guided_pipelines import KINDS, Kind, counted
+from guided_pipelines import KINDS, STEPS, Kind, counted
 
 import fewstep as fs
 
