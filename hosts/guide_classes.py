@@ -7,7 +7,6 @@ original class.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import threading
 import weakref
@@ -81,7 +80,9 @@ def _subclass(base: Any, methods: tuple[tuple[str, Method], ...]) -> type:
         function, arguments, *rest = made
         if rest and isinstance(rest[0], dict) and HANDLE in rest[0]:
             rest[0] = {k: v for k, v in rest[0].items() if k != HANDLE}
-        if function is copyreg.__newobj__:  # pickle insists on the object's own class there
+        if (
+            getattr(function, "__name__", "") == "__newobj__"
+        ):  # pickle insists on the object's own class there
             function = _new
         return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
 

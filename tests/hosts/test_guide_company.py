@@ -244,7 +244,7 @@ def test_misuse_is_refused_before_any_work() -> None:
         with pytest.raises(ValueError, match=word):
             fs.guide(pipe, guidance)
     with pytest.raises(TypeError, match="skip is"):
-        fs.guide(pipe, 3.0, skip=fs.CFG(2.0))
+        fs.guide(pipe, 3.0, skip=fs.CFG(2.0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="pipeline of diffusers"):
         fs.guide(pipe.unet, 3.0)
 

@@ -15,8 +15,8 @@ pytest.importorskip("diffusers")
 from guided_pipelines import KINDS, STEPS, Kind, counted
 
 import fewstep as fs
+from fewstep.schedules.skipping import patterned_steps
 
-STEPS = 4
 FAST_KINDS = ("sd", "flux", "z_image")
 
 
@@ -61,7 +61,7 @@ USES: dict[str, Use] = {
     "mambo": Use(lambda p, k: fs.MAMBO(k.w)),
     "extrapolate": Use(
         lambda p, k: fs.Extrapolate("h2/s2", protect_first=0, protect_last=0),
-        lambda n: 2 * (n - 1),
+        lambda n: 2 * (n - len(patterned_steps(n, 2, 2, 0, 0))),
     ),
     "adaptive_skips": Use(
         lambda p, k: fs.Extrapolate(
@@ -109,7 +109,8 @@ def one_step(pipe: Any) -> Any:
 def refusal(name: str, kind: Kind) -> str | None:
     """A word of the message with which a pipeline that cannot have the method refuses it."""
     packed = kind.case in ("flux", "qwen", "ltx")
-    if name == "fdg" and packed:
+    small = kind.case in ("wan", "cogvideox", "hunyuan_video")  # 2 x 2
+    if name == "fdg" and (packed or small):
         return "latents"
     if name in ("cfg_norm", "mahiro") and (packed or kind.case == "cogvideox"):
         return "Renorm"
