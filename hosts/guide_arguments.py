@@ -90,7 +90,7 @@ def is_compiled(module: Any) -> bool:
 
 @functools.cache
 def _parameters(cls: type) -> tuple[str, ...]:
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 

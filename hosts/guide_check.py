@@ -52,14 +52,14 @@ def check_run(
         if m.name == "cfgpp" and not run.first_order and run.solver != "dpmpp_2m":
             raise ValueError(
                 f"guidance 'cfgpp' changes the step itself and is not defined for {scheduler}; use DDIMScheduler or "
-                "EulerDiscreteScheduler without noise, DPMSolverMultistepScheduler of order 2, or FewStepScheduler with "
-                "solver='ddim', 'euler' or 'dpmpp_2m'"
+                "EulerDiscreteScheduler without noise, DPMSolverMultistepScheduler of order 2, or FewStepScheduler "
+                "with solver='ddim', 'euler' or 'dpmpp_2m'"
             )
         for branch, network in m.networks().items():
             if network is None and branch not in run.branches:
                 raise ValueError(
-                    f"guidance {m.name!r} needs a network of its own in a pipeline: give it as an option, a module that "
-                    "is called like the pipeline's, or a function of (x, t)"
+                    f"guidance {m.name!r} needs a network of its own in a pipeline: give it as an option, a module "
+                    "that is called like the pipeline's, or a function of (x, t)"
                 )
             if network is None and is_compiled(module):
                 raise ValueError(
@@ -120,7 +120,7 @@ class Verdict:
 
     def _raise(self, error: float) -> None:
         raise GuidanceNotApplied(
-            f"{self.name} gave its scheduler something else than the guided prediction (off by {error:.2g} of it): it "
-            "converts or copies predictions in a way that is not known here, or the prediction is not finite. Remove the "
-            "guidance, or use a modular pipeline, whose guider can be replaced"
+            f"{self.name} gave its scheduler something else than the guided prediction (off by {error:.2g} of it): "
+            "it converts or copies predictions in a way that is not known here, or the prediction is not finite. "
+            "Remove the guidance, or use a modular pipeline, whose guider can be replaced"
         )

@@ -1,14 +1,14 @@
 """Objects that keep everything but a few methods: their class is replaced by a subclass of the same name.
 
-A call inside a module that is compiled stays as it was, and so do ``isinstance``, names in saved configs and signatures;
+What a compiled module has compiled stays as it was, and so do ``isinstance``, names in saved configs and signatures;
 hooks of accelerate and diffusers sit below. Nothing is written to the object itself. Copies and pickles are of the
 original class.
 """
 
 from __future__ import annotations
 
-import copyreg
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ Method = Callable[..., Any]
 
 Methods = Mapping[str, Method]
 
+_lock = threading.RLock()
 _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 HOOK = "fewstep_guidance"
 HANDLE = "_fewstep_guidance"
@@ -30,25 +31,27 @@ def swap(obj: Any, methods: Methods) -> None:
     A module whose class cannot be replaced gets a hook of diffusers around its forward instead, which then is part of
     what ``module.compile`` compiles.
     """
-    if not _users.get(obj):
-        try:
-            object.__setattr__(obj, "__class__", _subclass(type(obj), tuple(methods.items())))
-        except TypeError:
-            _register_hook(obj, methods["__call__"])
-    _users[obj] = _users.get(obj, 0) + 1
+    with _lock:
+        if not _users.get(obj):
+            try:
+                object.__setattr__(obj, "__class__", _subclass(type(obj), tuple(methods.items())))
+            except TypeError:
+                _register_hook(obj, methods["__call__"])
+        _users[obj] = _users.get(obj, 0) + 1
 
 
 def restore(obj: Any) -> None:
     """Undo one :func:`swap`; the last user's gives the object its own class again."""
-    _users[obj] -= 1
-    if _users[obj]:
-        return
-    del _users[obj]
-    base = type(obj).__dict__.get("_fewstep_base")
-    if base is not None:
-        object.__setattr__(obj, "__class__", base)
-    else:
-        obj._diffusers_hook.remove_hook(HOOK, recurse=False)
+    with _lock:
+        _users[obj] -= 1
+        if _users[obj]:
+            return
+        del _users[obj]
+        base = type(obj).__dict__.get("_fewstep_base")
+        if base is not None:
+            object.__setattr__(obj, "__class__", base)
+        else:
+            obj._diffusers_hook.remove_hook(HOOK, recurse=False)
 
 
 def swapped(obj: Any) -> bool:
@@ -62,7 +65,7 @@ def original_class(obj: Any) -> type:
 
 
 @functools.cache
-def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
+def _subclass(base: Any, methods: tuple[tuple[str, Method], ...]) -> type:
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -77,7 +80,9 @@ def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
         function, arguments, *rest = made
         if rest and isinstance(rest[0], dict) and HANDLE in rest[0]:
             rest[0] = {k: v for k, v in rest[0].items() if k != HANDLE}
-        if function is copyreg.__newobj__:  # pickle insists on the object's own class there
+        if (
+            getattr(function, "__name__", "") == "__newobj__"
+        ):  # pickle insists on the object's own class there
             function = _new
         return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
 
@@ -101,7 +106,7 @@ def _replaced(original: Any, method: Method) -> Any:
 
 
 def _register_hook(module: Any, method: Method) -> None:
-    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     class Around(ModelHook):
         def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """What a scheduler of a pipeline says about a run: the nodes of its evaluations, and what kind of solver it is.
 
-Of models whose network is given the state at unit variance the frame is that of the network's input: a scheduler that
-keeps ``x_0 + k eps`` divides by ``sqrt(1 + k^2)``, one of an EDM model by ``sqrt(k^2 + sigma_data^2)``, and in that frame
-an EDM network is a v network of the data divided by ``sigma_data``.
+Where a network is given the state at unit variance the frame is that of the network's input: a scheduler that keeps
+``x_0 + k eps`` divides by ``sqrt(1 + k^2)``, one of an EDM model by ``sqrt(k^2 + sigma_data^2)``, and in that frame an
+EDM network is a v network of the data divided by ``sigma_data``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..guidance import Run
-from ..schedules import EDM, VP, Flow, Node, NoiseSchedule
+from ..schedules import EDM, Flow, Node, NoiseSchedule
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.parametrization import Prediction
 
@@ -157,6 +157,3 @@ def _solver(scheduler: Any, arguments: Mapping[str, Any], eta: float) -> dict[st
         "first_order": name.startswith(_ONE_STEP) and not noisy,
         "solver": "dpmpp_2m" if second else name,
     }
-
-
-__all__ = ["VP", "Clock", "begin_index", "clock_of"]

@@ -33,7 +33,8 @@ class Handle:
                 f"this {type(pipe).__name__} is guided already; call remove() of its handle first, and combine methods "
                 "with +"
             )
-        self.pipe, self.guidance, self.audio = pipe, guidance, audio
+        self.pipe: Any = pipe
+        self.guidance, self.audio = guidance, audio
         self.layout = layout_of(pipe)
         self._signature = inspect.signature(pipe.__call__)
         self._threads = threading.local()

@@ -149,21 +149,19 @@ class Networks:
 
     # -- evaluations -----------------------------------------------------------------------------------------------
 
-    def predict(self, call: NetworkCall, selection: Selection, opened: Call) -> list[torch.Tensor]:
-        """Predictions for some rows of a call, one tensor a stream."""
-        arguments = call.arguments
+    def predict(self, call: NetworkCall, selection: Selection, opened: Call) -> list[dict[str, torch.Tensor]]:
+        """Predictions of the branches that are selected of a call, by name; one dictionary a stream."""
+        arguments, labels = call.arguments, selection.place(CONDITIONAL)
         if selection.rows is not None:
             arguments = self.layout.rows(arguments, selection.rows, call.count)
-        if opened.gradient:
-            x = opened.x
-            arguments = self._with_state(
-                arguments, torch.cat([x if r is None else x[r] for r in selection.own])
-            )
-        labels = selection.place(CONDITIONAL)
         with self._labelled(labels), torch.enable_grad() if opened.gradient else nullcontext():
+            if opened.gradient:
+                parts = [opened.x if rows is None else opened.x[rows] for rows in selection.own]
+                arguments = self._with_state(arguments, torch.cat(parts))
             if labels is not None:
                 arguments = self._conditioned(arguments, labels, sum(selection.lengths))
-            return self.run(replace(call, arguments=arguments), labels)
+            outputs = self.run(replace(call, arguments=arguments), labels)
+            return [dict(zip(selection.names, output.split(selection.lengths))) for output in outputs]
 
     def evaluate(
         self, branch: Any, x: torch.Tensor, node: Node, rows: torch.Tensor | None = None
@@ -189,8 +187,7 @@ class Networks:
 
     def run(self, call: NetworkCall, keep: slice | None) -> list[torch.Tensor]:
         """Call the network; predictions, one a stream. What else it returns is kept of the rows ``keep``."""
-        self._renew_caches(call)
-        with self._inside():
+        with self._inside(), self._renewed_caches(call):
             output = call.arguments.call(call.function)
         self._template.learn(output)
         predictions = []
@@ -227,13 +224,16 @@ class Networks:
         finally:
             self.labels = None
 
-    def _renew_caches(self, call: NetworkCall) -> None:
-        """Caches of features hold the rows of the call before; with others they are of no use."""
-        if getattr(call.module, "is_cache_enabled", False):
-            key, rows = (id(call.module), self.context), len(self._state(call.arguments, 0))
-            if self._rows.get(key, rows) != rows:
-                call.module._reset_stateful_cache()
-            self._rows[key] = rows
+    def _renewed_caches(self, call: NetworkCall) -> Any:
+        """Caches of features hold the rows of the call before: with other rows they begin anew."""
+        if not getattr(call.module, "is_cache_enabled", False):
+            return nullcontext()
+        key, rows = (id(call.module), self.context), len(self._state(call.arguments, 0))
+        before, self._rows[key] = self._rows.get(key, rows), rows
+        if before == rows:
+            return nullcontext()
+        call.module._reset_stateful_cache()
+        return nullcontext() if self.context is None else call.module.cache_context(self.context)
 
     def _at(self, arguments: Arguments, node: Node) -> Arguments:
         """The arguments at a time: the one of the last evaluation, the next, or any other."""
@@ -300,8 +300,8 @@ class Networks:
         """With room for a learned variance, before any has been seen."""
         call = next(iter(self.calls.values()))
         config = getattr(call.module, "config", None)
-        channels = getattr(config, "in_channels", None)
-        if channels == out.shape[1] and getattr(config, "out_channels", None) == 2 * channels:
+        channels = getattr(config, "in_channels", None), getattr(config, "out_channels", None)
+        if channels == (out.shape[1], 2 * out.shape[1]):
             return torch.cat([out, torch.zeros_like(out)], dim=1)
         return out
 

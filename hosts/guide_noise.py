@@ -23,7 +23,7 @@ class SampleNoise:
 
     @classmethod
     def of(cls, generator: Any) -> SampleNoise:
-        """From what a pipeline was given; without a generator, from the state of the global one, which stays as it is."""
+        """From what a pipeline was given; without a generator, from the global one, whose state stays as it is."""
         if isinstance(generator, (list, tuple)):
             if len(generator) > 1:
                 return cls([g.initial_seed() for g in generator], False)

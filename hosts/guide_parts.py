@@ -1,4 +1,4 @@
-"""What stands in the place of methods of a pipeline and its parts: outside of its guided run, nothing but the original."""
+"""What stands in the place of methods of a pipeline and its parts: the originals, outside of its guided run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a pipeline is given where it calls its network, so that whatever affine formula it applies gives the guided g.
+"""What a pipeline is given where it calls its network: whatever affine formula it applies then gives the guided g.
 
-With both branches in one call it gets ``[g, g]``. Of two calls the first returns a tensor that is filled with g when the
-second comes, which returns g too: ``g + s (g - g) = g`` exactly, in every precision.
+With both branches in one call it gets ``[g, g]``. Of two calls the first returns a tensor that is filled with g when
+the second comes, which returns g too: ``g + s (g - g) = g`` exactly, in every precision.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def network(run: GuidedRun, module: Any, function: Callable[..., Any], args: Any
     count, batch, order = len(states[0]), run.networks.batch, run.layout.order
     if count not in (batch, batch * len(order)):
         raise GuidanceNotApplied(
-            f"{type(run.pipe).__name__} calls its network with {count} rows for {batch} samples, which is not a form of "
-            "guidance that is known here"
+            f"{type(run.pipe).__name__} calls its network with {count} rows for {batch} samples, which is not a form "
+            "of guidance that is known here"
         )
     call = replace(call, count=count)
     return _one_branch(run, call, states) if count == batch else _batched(run, call, states)
@@ -50,9 +50,7 @@ def _batched(run: GuidedRun, call: NetworkCall, states: list[torch.Tensor]) -> A
         wanted[IMAGE] = wanted[UNCONDITIONAL]
     if wanted:
         selection = Selection.of(order, wanted, batch, states[0].device)
-        outputs = networks.predict(call, selection, step.calls[0])
-        for predictions, output in zip(step.predictions, outputs):
-            predictions.update(zip(selection.names, output.split(selection.lengths)))
+        step.add(networks.predict(call, selection, step.calls[0]))
         _further_branches(run, step)
     g = run.finish(step)
     return networks.output([torch.cat([networks.full(x, i)] * len(order)) for i, x in enumerate(g)], call)
@@ -73,8 +71,7 @@ def _one_branch(run: GuidedRun, call: NetworkCall, states: list[torch.Tensor]) -
     if role in wanted:
         selection = Selection.of([role], {role: wanted[role]}, networks.batch, states[0].device)
         selection = replace(selection, rows=wanted[role])
-        for predictions, output in zip(step.predictions, networks.predict(call, selection, step.calls[0])):
-            predictions[role] = output
+        step.add(networks.predict(call, selection, step.calls[0]))
         if role == CONDITIONAL:
             _further_branches(run, step)
     if step.result is None and all(name in step.predictions[0] for name in wanted):
@@ -122,7 +119,7 @@ def _own_weak(run: GuidedRun, call: NetworkCall) -> Any:
     step, networks = run.step, run.networks
     if step is None or step.result is None:
         run.unknown()
-    weak = step.result
+    step.extended, weak = True, step.result
     if step.conditional is not None:
         outputs = networks.run(call, None)
         run.sessions[0].nfe += len(outputs[0])

@@ -28,7 +28,8 @@ class Step:
     """One evaluation of the pipeline, from its first network call to the scheduler's step. Lists: an entry a stream.
 
     ``roles`` are the branches that the pipeline has asked for, ``held`` the outputs that it already has, ``result``
-    the guided predictions, ``conditional`` the conditional ones if they ran.
+    the guided predictions, ``conditional`` the conditional ones if they ran. ``extended`` says that the pipeline adds
+    to the guided prediction.
     """
 
     calls: list[Call]
@@ -37,6 +38,12 @@ class Step:
     held: list[list[torch.Tensor]] = field(default_factory=list)
     result: list[torch.Tensor] | None = None
     conditional: list[torch.Tensor] | None = None
+    extended: bool = False
+
+    def add(self, predictions: list[dict[str, torch.Tensor]]) -> None:
+        """Branches have run."""
+        for known, new in zip(self.predictions, predictions):
+            known.update(new)
 
     @property
     def wanted(self) -> dict[str, torch.Tensor | None]:
@@ -125,7 +132,8 @@ class GuidedRun:
             expected = torch.add(call.x.detach().to(g.dtype), g, alpha=call.node.alpha)
         else:
             expected = g if clock.sign == 1.0 else -g
-        self._verdict.compare(args[0] if args else kwargs["model_output"], expected, session.plain)
+        if not step.extended:
+            self._verdict.compare(args[0] if args else kwargs["model_output"], expected, session.plain)
         made = scheduler_step(*args, **kwargs)
         return self._moved(made, session, clock, call.x.shape) if session.moves else made
 
@@ -179,10 +187,9 @@ class GuidedRun:
         """The guided predictions of a step whose branches have run."""
         step.result = []
         for session, call, predictions in zip(self.sessions, step.calls, step.predictions):
-            own = {
-                n: _of_rows(p, call, n) for n, p in predictions.items() if n in call.branches or n == IMAGE
-            }
             with torch.enable_grad() if call.gradient else nullcontext():
+                asked = {n: p for n, p in predictions.items() if n in call.branches or n == IMAGE}
+                own = {n: _of_rows(p, call, n) for n, p in asked.items()}
                 g = session.finish(call, own)
             if IMAGE in own and UNCONDITIONAL in own:
                 rows, term = (

@@ -22,7 +22,12 @@ from tiny_pipelines import _vae as vae
 import fewstep as fs
 from fewstep.guidance import Guidance
 
-STEPS = 6
+STEPS = 4
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Kind:
         pipe.scheduler = case.native()
         return pipe
 
-    def call(self, pipe: Any, steps: int = STEPS, **changes: Any) -> torch.Tensor:
+    def call(self, pipe: Any, steps: Any = STEPS, **changes: Any) -> torch.Tensor:
         """Run the pipeline from the same noise."""
         torch.manual_seed(0)
         return CASES[self.case].call(pipe, steps, **{**self.changes(), **changes})
@@ -84,6 +89,35 @@ def counted(*modules: Any) -> Iterator[Counter]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def with_image_prompt(kind: Kind) -> Any:
+    """A Stable Diffusion pipeline whose network is given the embedding of an image too, with random weights."""
+    source = kind.pipeline()
+    network = unet()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    adapter, key = {}, 1
+    for name in network.attn_processors:
+        if name.endswith("attn1.processor"):
+            continue
+        channels = network.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        adapter |= {f"{key}.to_{k}_ip.weight": normal(channels, 8) for k in "kv"}
+        key += 2
+    projection = {
+        "proj.weight": normal(4 * 8, 8),
+        "proj.bias": normal(4 * 8),
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+    }
+    network._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": adapter}])
+    network.eval().requires_grad_(False)
+    pipe = type(source)(**{**source.components, "unet": network}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _negative(*names: str, **changes: Any) -> Callable[[], dict[str, Any]]:
@@ -246,7 +280,8 @@ def _ltx2() -> Any:
         rope_double_precision=False,
         rope_type="split",
     )
-    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
     connectors = LTX2TextConnectors(
         caption_channels=16,

@@ -1,4 +1,4 @@
-"""fs.guide in real pipelines with tiny random weights: the pipeline's own guidance reproduced, and only what is needed run."""
+"""fs.guide in pipelines with tiny random weights: their own guidance reproduced, and only what is needed run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ import torch
 pytest.importorskip("diffusers")
 
 import guided_pipelines
-from guided_pipelines import ALL, KINDS, STEPS, Kind, counted
+from guided_pipelines import ALL, KINDS, STEPS, Kind, close, counted
 from tiny_pipelines import diffusers
 
 import fewstep as fs
 from fewstep.schedules.skipping import patterned_steps
 
-FAST = ("sd", "sdxl", "flux", "dit", "z_image", "instruct", "controlnet", "cosmos")
+FAST = ("sd", "flux", "dit")
 full = pytest.mark.full
-
-
-EPS = 1e-5
 
 
 def kinds(fast: tuple[str, ...], among: dict[str, Kind] = ALL) -> Any:
@@ -34,11 +31,6 @@ def kinds(fast: tuple[str, ...], among: dict[str, Kind] = ALL) -> Any:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def network(kind: Kind, pipe: Any) -> Any:
@@ -84,17 +76,17 @@ def test_two_samples_and_two_runs(kind: Kind) -> None:
         assert torch.equal(kind.call(pipe), first)
 
 
-@kinds(("sd", "flux", "dit", "z_image"))
+@kinds(("sd", "flux"))
 def test_only_what_is_needed_runs(kind: Kind) -> None:
     pipe = kind.pipeline()
     cfg = fs.CFG(kind.w)
     ways = 3 if kind.case == "instruct" else 2
     with counted(network(kind, pipe)) as counter:
 
-        def evaluations(guidance: Any, **options: Any) -> list[int]:
+        def evaluations(guidance: Any, steps: int = STEPS, **options: Any) -> list[int]:
             counter.calls.clear()
             with fs.guide(pipe, guidance, **options) as handle:
-                kind.call(pipe)
+                kind.call(pipe, steps)
             assert handle.nfe == counter.rows
             assert counter.rows == sum(sum(r.rows.values()) for r in handle.trace())
             return [sum(r.rows.values()) for r in handle.trace()]
@@ -110,11 +102,11 @@ def test_only_what_is_needed_runs(kind: Kind) -> None:
         skip = fs.Extrapolate("h2/s2", protect_first=0, protect_last=0)
         without = patterned_steps(n, 2, 2, 0, 0)
         assert evaluations(cfg, skip=skip) == [0 if i in without else ways for i in range(n)]
-        unconditional = evaluations(cfg, skip=fs.Extrapolate("h2/s2", branch="unconditional", protect_last=0))
+        unconditional = evaluations(cfg, 8, skip=fs.Extrapolate("h2/s2", branch="unconditional"))
         assert 1 in unconditional and 0 not in unconditional
 
 
-@kinds(("sd", "wan", "z_image"))
+@kinds(("sd", "wan"))
 def test_every_sample_has_its_own_latch(kind: Kind) -> None:
     """The network runs on fewer rows, and a sample gets what it would have got alone."""
     pipe = kind.pipeline()
@@ -143,7 +135,8 @@ def test_a_controlnet_runs_with_its_network() -> None:
             (fs.CFG(3.0) + fs.AdaptiveGuidance(-1.0), None),
             (fs.CFG(3.0), fs.Extrapolate("h2/s2", protect_first=0, protect_last=0)),
         ):
-            control.calls.clear(), unet.calls.clear()
+            control.calls.clear()
+            unet.calls.clear()
             with fs.guide(pipe, guidance, skip=skip):
                 kind.call(pipe)
             assert control.calls == unet.calls
@@ -235,7 +228,7 @@ def test_pipelines_with_the_same_parts() -> None:
         guided = kind.call(pipe)
         assert torch.equal(kind.call(plain), own)
         assert close(other.call(image), own_image) < 1e-5
-        assert handle.nfe == 14 and second.nfe == 8
+        assert handle.nfe == 2 * len(handle.trace()) > second.nfe == 2 * len(second.trace())
         second.remove()
         assert torch.equal(kind.call(pipe), guided)
         assert torch.equal(other.call(image), own_image)

@@ -12,12 +12,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from guided_pipelines import ALL, KINDS, Kind, counted
-from tiny_pipelines import diffusers
+from guided_pipelines import KINDS, STEPS, Kind, counted
 
 import fewstep as fs
+from fewstep.schedules.skipping import patterned_steps
 
-STEPS = 4
 FAST_KINDS = ("sd", "flux", "z_image")
 
 
@@ -62,10 +61,12 @@ USES: dict[str, Use] = {
     "mambo": Use(lambda p, k: fs.MAMBO(k.w)),
     "extrapolate": Use(
         lambda p, k: fs.Extrapolate("h2/s2", protect_first=0, protect_last=0),
-        lambda n: 2 * (n - 1),
+        lambda n: 2 * (n - len(patterned_steps(n, 2, 2, 0, 0))),
     ),
     "adaptive_skips": Use(
-        lambda p, k: fs.Extrapolate("adaptive", tolerance=math.inf, protect_first=0, protect_last=0, anchor=0),
+        lambda p, k: fs.Extrapolate(
+            "adaptive", tolerance=math.inf, protect_first=0, protect_last=0, anchor=0
+        ),
         lambda n: 2 * (n - 1),
         lambda n: 2 * n,
     ),
@@ -83,7 +84,9 @@ USES: dict[str, Use] = {
         lambda n: 2 * n + n // 2 - 1,
         one_step=True,
     ),
-    "classifier": Use(lambda p, k: fs.ClassifierGuidance(log_prob=lambda x, t: -x.flatten(1).square().sum(1))),
+    "classifier": Use(
+        lambda p, k: fs.ClassifierGuidance(log_prob=lambda x, t: -x.flatten(1).square().sum(1))
+    ),
     "energy": Use(lambda p, k: fs.EnergyGuidance(energy=lambda x, t: x.flatten(1).square().mean(1))),
     "reward": Use(lambda p, k: fs.RewardGuidance(reward=lambda x: -x.flatten(1).square().mean(1))),
     "dps": Use(lambda p, k: fs.DPS(**INVERSE), one_step=True),
@@ -95,7 +98,10 @@ USES: dict[str, Use] = {
 def one_step(pipe: Any) -> Any:
     """A scheduler for the pipeline's model that keeps nothing but the state."""
     config = pipe.scheduler.config
-    if type(pipe.scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+    if (
+        type(pipe.scheduler).__name__.startswith("FlowMatch")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
         return fs.FewStepScheduler.from_config(config, solver="euler")
     return fs.FewStepScheduler.from_config(config, solver="ddim")
 
@@ -103,7 +109,8 @@ def one_step(pipe: Any) -> Any:
 def refusal(name: str, kind: Kind) -> str | None:
     """A word of the message with which a pipeline that cannot have the method refuses it."""
     packed = kind.case in ("flux", "qwen", "ltx")
-    if name == "fdg" and packed:
+    small = kind.case in ("wan", "cogvideox", "hunyuan_video")  # 2 x 2
+    if name == "fdg" and (packed or small):
         return "latents"
     if name in ("cfg_norm", "mahiro") and (packed or kind.case == "cogvideox"):
         return "Renorm"
@@ -112,7 +119,18 @@ def refusal(name: str, kind: Kind) -> str | None:
     return None
 
 
-FAST_METHODS = ("cads", "pag", "slg", "pcg", "cfgpp", "minority", "dps", "perp_neg", "adaptive_skips", "mahiro")
+FAST_METHODS = (
+    "cads",
+    "pag",
+    "slg",
+    "pcg",
+    "cfgpp",
+    "minority",
+    "dps",
+    "perp_neg",
+    "adaptive_skips",
+    "mahiro",
+)
 
 
 def matrix() -> list[Any]:
