@@ -32,7 +32,7 @@ def radii(features: ArrayLike, k: int = NEIGHBOURS) -> Array:
 
 def covered(features: ArrayLike, by: ArrayLike, reach: ArrayLike) -> NDArray[np.bool_]:
     """For each row of ``features`` whether it lies in the manifold of ``by`` (squared radii ``reach``), shape (n,)."""
-    return (squared_distances(features, by) <= np.asarray(reach)).any(axis=1)
+    return np.any(squared_distances(features, by) <= np.asarray(reach), axis=1)
 
 
 def precision(samples: ArrayLike, reference: ArrayLike, k: int = NEIGHBOURS) -> NDArray[np.bool_]:

@@ -71,7 +71,7 @@ class FewStepGuider(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         """The boundary of a step; one that is not after the last begins a run."""
         first = self.session is None or self._step is None or step <= self._step
-        super().set_state(step, num_inference_steps, timestep)
+        super().set_state(step, num_inference_steps, timestep)  # type: ignore[arg-type]
         self._release()
         self._plan, self._hidden = None, None
         if not self._enabled:
@@ -101,7 +101,7 @@ class FewStepGuider(BaseGuidance):
 
         diffusers 0.35 gave the block state here, and the names of its fields.
         """
-        if not isinstance(data, Mapping):
+        if not isinstance(data, dict):
             return self.prepare_inputs_from_block_state(data, input_fields or self._input_fields)
         self._require(value[1] for value in data.values() if isinstance(value, tuple))
         return self._conditioned([self._prepare_batch(data, *place) for place in self._places()])
@@ -110,7 +110,7 @@ class FewStepGuider(BaseGuidance):
         """The same from a block state and the names of its fields."""
         names = [value[1] for value in input_fields.values() if isinstance(value, tuple)]
         self._require(getattr(data, name, None) for name in names)
-        prepare = getattr(self, "_prepare_batch_from_block_state", self._prepare_batch)
+        prepare: Any = getattr(self, "_prepare_batch_from_block_state", self._prepare_batch)
         return self._conditioned([prepare(input_fields, data, *place) for place in self._places()])
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:

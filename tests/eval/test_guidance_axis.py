@@ -133,6 +133,17 @@ def test_mistakes_are_named_before_any_work(guidance: str, message: str) -> None
         expand(replace(SMALL, guidance=(guidance,)))
 
 
+def test_a_model_without_an_unconditional_network_has_what_needs_none() -> None:
+    config = Config(
+        ("builtin:gmm",), ("dpmpp_2m",), (10,), guidance=("1", "extrapolate:h3/s3", "3"), samples=2
+    )
+    plain, skipped = expand(replace(config, models=("builtin:gmm", UNET), guidance=config.guidance)).panels[
+        :2
+    ]
+    assert (plain.guidance, skipped.guidance) == (None, "extrapolate:h3/s3")
+    assert (plain.cells[0].steps, skipped.cells[0].steps) == (10, 12) and skipped.cells[0].most == 10
+
+
 def test_a_batch_that_is_decided_for_is_part_of_the_key(plan: Plan) -> None:
     other = expand(replace(SMALL, chunk=8))
     pairs = list(zip(plan.panels, other.panels))
@@ -231,6 +242,7 @@ def test_lost_variety_is_seen_in_recall_and_spread_alone() -> None:
 def test_the_condition_of_the_network_is_its_embedding() -> None:
     denoiser = load_target(UNET).denoiser(range(4))
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 300.0)
+    assert denoiser.condition is not None
     assert torch.equal(denoiser.fn(x, t), denoiser.fn(x, t, denoiser.condition))
     other = denoiser.fn(x, t, denoiser.condition.flip(0))
     assert not torch.allclose(other, denoiser.fn(x, t))
