@@ -141,7 +141,7 @@ def test_a_model_without_an_unconditional_network_has_what_needs_none() -> None:
         :2
     ]
     assert (plain.guidance, skipped.guidance) == (None, "extrapolate:h3/s3")
-    assert (plain.cells[0].steps, skipped.cells[0].steps) == (10, 12) and skipped.cells[0].most == 10
+    assert (plain.cells[0].steps, skipped.cells[0].steps) == (10, 11) and skipped.cells[0].most == 10
 
 
 def test_a_batch_that_is_decided_for_is_part_of_the_key(plan: Plan) -> None:
@@ -257,3 +257,10 @@ def test_command_line_and_folder(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [p["guidance"] for p in metrics["panels"]] == [2.0, "cfg:2+extrapolate:h3/s3,protect_first=0"]
     assert main(["report", str(tmp_path)]) == 0
+
+
+def test_what_was_measured_against_a_method_is_listed() -> None:
+    from fewstep.eval.listing import guidance
+
+    cautions = {row["name"]: row["caution"] for row in guidance()}
+    assert "fewer steps" in cautions["extrapolate"] and not cautions["cfg"]
