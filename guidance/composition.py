@@ -164,6 +164,17 @@ class Session:
         self.nfe = 0
         self.trace: list[Record] = []
 
+    @property
+    def conditions(self) -> bool:
+        """Whether a method changes the condition."""
+        return bool(self._hooks["condition"])
+
+    def forget(self, name: str) -> None:
+        """Begin anew what a method keeps from step to step: the network is another one from here on."""
+        for i, m in enumerate(self.guidance.methods):
+            if m.name == name:
+                self._states[i] = m.begin(self.run)
+
     def network(self, branch: str) -> Any:
         """The network that a method brings for its branch, None if the host has to know it."""
         return self._networks.get(branch)

@@ -52,15 +52,23 @@ class Arguments:
         """With other values."""
         return replace(self, values={**self.values, **values})
 
-    def rows(self, rows: Rows, count: int, lists: Collection[str] = ()) -> Arguments:
-        """For some of ``count`` rows; arguments named in ``lists`` are lists with one entry a row."""
-        values = {
-            k: (_entries(v, rows) if k in lists and isinstance(v, (list, tuple)) else _take(v, rows, count))
-            if k not in SHARED
-            else v
-            for k, v in self.values.items()
-        }
-        return replace(self, values=values)
+    def rows(
+        self, rows: Rows, count: int, lists: Collection[str] = (), second: Collection[str] = ()
+    ) -> Arguments:
+        """For some of ``count`` rows.
+
+        Arguments named in ``lists`` are lists with one entry a row, those in ``second`` have the rows in their second
+        dimension.
+        """
+
+        def chosen(name: str, value: Any) -> Any:
+            if name in SHARED or value is None:
+                return value
+            if name in lists:
+                return _entries(value, rows)
+            return value[:, rows] if name in second else _take(value, rows, count)
+
+        return replace(self, values={k: chosen(k, v) for k, v in self.values.items()})
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with them, as they were given."""
@@ -73,6 +81,11 @@ class Arguments:
 def unwrapped(module: Any) -> Any:
     """The module inside torch.compile's wrapper."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module is compiled, in either way."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..guidance import Guidance, Run
+from .guide_arguments import is_compiled
 from .guide_layouts import Layout
 
 
@@ -31,10 +32,11 @@ def check_pipeline(pipe: Any, layout: Layout, guidance: Guidance, arguments: Map
 
 
 def check_run(
-    pipe: Any, layout: Layout, guidance: list[Guidance], run: Run, calls: Mapping[str, Any]
+    pipe: Any, guidance: list[Guidance], run: Run, module: Any, state: torch.Tensor, channels: int
 ) -> None:
     """ValueError, before the first evaluation, for methods that a pipeline cannot have, with what helps there."""
-    name = type(pipe).__name__
+    name, scheduler = type(pipe).__name__, type(pipe.scheduler).__name__
+    cached = getattr(module, "is_cache_enabled", False)
     for m in (m for g in guidance for m in g.methods):
         if (m.needs_evaluate or m.has("move")) and not run.moves:
             raise ValueError(
@@ -43,15 +45,15 @@ def check_run(
             )
         if m.needs_memoryless and (run.history or run.stages > 1 or run.startup):
             raise ValueError(
-                f"guidance {m.name!r} changes the state between steps, and {type(pipe.scheduler).__name__} keeps more "
-                "than the state; use DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler or "
-                "FewStepScheduler with solver='ddim' or 'euler'"
+                f"guidance {m.name!r} changes the state between steps, and {scheduler} keeps more than the state; use "
+                "DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, or FewStepScheduler with "
+                "solver='ddim' or 'euler'"
             )
         if m.name == "cfgpp" and not run.first_order and run.solver != "dpmpp_2m":
             raise ValueError(
-                f"guidance 'cfgpp' changes the step itself and is not defined for {type(pipe.scheduler).__name__}; use "
-                "DDIMScheduler or EulerDiscreteScheduler without noise, DPMSolverMultistepScheduler of order 2, or "
-                "FewStepScheduler with solver='ddim' or 'dpmpp_2m'"
+                f"guidance 'cfgpp' changes the step itself and is not defined for {scheduler}; use DDIMScheduler or "
+                "EulerDiscreteScheduler without noise, DPMSolverMultistepScheduler of order 2, or FewStepScheduler with "
+                "solver='ddim', 'euler' or 'dpmpp_2m'"
             )
         for branch, network in m.networks().items():
             if network is None and branch not in run.branches:
@@ -59,6 +61,21 @@ def check_run(
                     f"guidance {m.name!r} needs a network of its own in a pipeline: give it as an option, a module that "
                     "is called like the pipeline's, or a function of (x, t)"
                 )
+            if network is None and is_compiled(module):
+                raise ValueError(
+                    f"guidance {m.name!r} disturbs layers of the network, which cannot be reached when it is compiled; "
+                    "give it a network of its own, weak=module, or do not compile"
+                )
+        if m.name in ("cfg_norm", "mahiro") and (state.ndim == 3 or channels != 1):
+            raise ValueError(
+                f"guidance {m.name!r} works along channels in dimension 1, and the latents of {name} are "
+                f"{tuple(state.shape)}; use fs.Renorm()"
+            )
+        if cached and (m.has("condition") or m.has("move") or m.needs_evaluate or m.networks()):
+            raise ValueError(
+                f"guidance {m.name!r} calls the network in other ways than the cache of features expects; call "
+                "disable_cache() on the network first"
+            )
 
 
 class Verdict:
@@ -74,16 +91,20 @@ class Verdict:
         self.tolerance = 0.0
 
     def compare(self, given: torch.Tensor, guided: torch.Tensor, plain: bool) -> None:
-        """Compare a model output with the guided prediction; shapes that differ are compared where both are."""
+        """Compare a model output with the guided prediction, without a learned variance that may follow it."""
         given = given[: guided.shape[0]]
-        if given.shape[1:] != guided.shape[1:]:
-            if given.ndim != guided.ndim:
-                return
+        if given.numel() == guided.numel():
+            guided = guided.reshape(given.shape)
+        elif given.ndim == guided.ndim:
             common = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, guided.shape))
             given, guided = given[common], guided[common]
+        else:
+            return
         given, wanted = given.detach().float(), guided.detach().float()
-        size = wanted.abs().amax() + 1e-20
-        error = (given - wanted).abs().amax() / size
+        error = (given - wanted).abs().amax()
+        if plain:  # an affine rule is the same for a network of the other sign
+            error = torch.minimum(error, (given + wanted).abs().amax())
+        error = error / (wanted.abs().amax() + 1e-20)
         self.tolerance = 1e-3 if guided.dtype in (torch.float32, torch.float64) else 0.03
         if self.worst is not None:
             self.worst = torch.maximum(self.worst, error)

@@ -7,13 +7,16 @@ original class.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Method = Callable[..., Any]
 """``method(self, original, *args, **kwargs)`` in the place of a method that is ``original(*args, **kwargs)``."""
+
+Methods = Mapping[str, Method]
 
 _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 HOOK = "fewstep_guidance"
@@ -21,7 +24,7 @@ HANDLE = "_fewstep_guidance"
 """Where a pipeline keeps its handle; copies and pickles do not."""
 
 
-def swap(obj: Any, methods: dict[str, Method]) -> None:
+def swap(obj: Any, methods: Methods) -> None:
     """Give an object other methods; several users may do so with the same ones.
 
     A module whose class cannot be replaced gets a hook of diffusers around its forward instead, which then is part of
@@ -74,6 +77,8 @@ def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
         function, arguments, *rest = made
         if rest and isinstance(rest[0], dict) and HANDLE in rest[0]:
             rest[0] = {k: v for k, v in rest[0].items() if k != HANDLE}
+        if function is copyreg.__newobj__:  # pickle insists on the object's own class there
+            function = _new
         return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
 
     body["__reduce_ex__"] = reduce
@@ -81,6 +86,10 @@ def _subclass(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
         if hasattr(base, name):
             body[name] = _replaced(getattr(base, name), method)
     return type(base)(base.__name__, (base,), body)
+
+
+def _new(cls: Any, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 def _replaced(original: Any, method: Method) -> Any:

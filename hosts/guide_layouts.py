@@ -14,12 +14,14 @@ import torch
 
 from ..guidance import CFG, Guidance, Renorm, Rescale
 from ..guidance.run import CONDITIONAL, UNCONDITIONAL
+from .guide_arguments import Arguments, Rows
 
 IMAGE = "image"
 """The branch of a three-way pipeline that is given neither text nor image."""
 DENOISERS = ("unet", "transformer", "transformer_2", "transformer_3", "transformer_ode", "dit", "prior")
 CONTROLS = ("controlnet",)
-Parts = tuple[torch.Tensor, ...]
+OWN_WEAK = ("skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities")
+"""Arguments by which pipelines ask their network for weak branches of their own."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Layout:
     say otherwise. ``scale``: the argument of the pipeline for the scale, which is ``value + offset`` in our
     convention; guidance is on above ``threshold``, and needs one of the arguments ``negative`` where these are named.
     ``sign``: what the network's output is multiplied by for the prediction that the scheduler takes. ``lists``:
-    arguments that are lists of one tensor a row. ``condition``: arguments that hold the embedded condition; none
+    arguments that are lists of one tensor a row; ``second``: tensors with the rows in their second dimension.
+    ``condition``: arguments that hold the embedded condition; none
     where the network embeds labels itself. ``clock``: ``1 - t`` where the network is told how much signal there is.
     ``streams``: further states besides the first, each with its own output. ``flow``: levels of a diffusion model,
     sigma / alpha, whose network predicts the velocity of a flow. ``solved``: the conditional prediction is converted
     before the unconditional one is asked for, ``c + s (c - u)``. ``token_norm``: the pipeline rescales each token.
-    ``doubled``: the scheduler steps both halves. ``extra``: contexts of calls for weak branches of the pipeline.
+    ``doubled``: the scheduler steps both halves. ``channels``: their dimension, where latents are no tokens.
     """
 
     order: tuple[str, ...] = (UNCONDITIONAL, CONDITIONAL)
@@ -45,6 +48,7 @@ class Layout:
     negative: tuple[str, ...] = ()
     sign: float = 1.0
     lists: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     clock: str = "t"
     streams: tuple[str, ...] = ()
@@ -52,12 +56,12 @@ class Layout:
     solved: bool = False
     token_norm: bool = False
     doubled: bool = False
-    extra: tuple[str, ...] = ()
+    channels: int = 1
 
     def own_scale(self, arguments: Mapping[str, Any]) -> float:
         """The scale w that a call of the pipeline asks for, 1 where its guidance is off."""
         value = arguments.get(self.scale)
-        if value is None or value <= self.threshold:
+        if not isinstance(value, (int, float)) or value <= self.threshold:
             return 1.0
         if self.negative and all(arguments.get(name) is None for name in self.negative):
             return 1.0
@@ -71,6 +75,10 @@ class Layout:
         if arguments.get("guidance_rescale"):
             methods.append(Rescale(float(arguments["guidance_rescale"])))
         return Guidance(tuple(methods))
+
+    def rows(self, arguments: Arguments, rows: Rows, count: int) -> Arguments:
+        """The arguments of a call of ``count`` rows, for some of them."""
+        return arguments.rows(rows, count, self.lists, self.second)
 
     def remedy(self) -> str:
         """How to turn the pipeline's guidance on."""
@@ -100,13 +108,16 @@ LAYOUTS: dict[str, Layout] = {
         clock="1 - t",
     ),
     "Lumina2": Layout(sign=-1.0, clock="1 - t", token_norm=True),
-    "HiDream": Layout(sign=-1.0, condition=("encoder_hidden_states_t5", "encoder_hidden_states_llama3")),
+    "HiDream": Layout(
+        sign=-1.0, second=("encoder_hidden_states_llama3",), condition=("encoder_hidden_states_t5",)
+    ),
     "StableDiffusionInstructPix2Pix": Layout((CONDITIONAL, UNCONDITIONAL, IMAGE)),
     "StableDiffusionXLInstructPix2Pix": Layout((CONDITIONAL, UNCONDITIONAL, IMAGE)),
+    "CogVideoX": Layout(channels=2),
     "Cosmos2_5": Layout(offset=1.0),
     "Cosmos2": Layout(offset=1.0, flow=True, solved=True),
     "Krea2": Layout(offset=1.0, threshold=0.0),
-    "LTX2": Layout(streams=("audio_hidden_states",), extra=("uncond_stg", "uncond_modality")),
+    "LTX2": Layout(streams=("audio_hidden_states",)),
 }
 _UNSUPPORTED = {
     "OmniGen": "predicts three branches in one call of a language model, with caches of its own",
@@ -146,6 +157,6 @@ def enabled(pipe: Any) -> bool | None:
     return None if isinstance(value, Callable) else bool(value)
 
 
-def image_term(pipe: Any, g: torch.Tensor, u: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+def image_term(pipe: Any, u: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     """The image's share of three-way guidance, ``(s - 1) (u - plain)`` with s the pipeline's image_guidance_scale."""
-    return torch.add(g, u - plain, alpha=float(pipe.image_guidance_scale) - 1.0)
+    return (float(pipe.image_guidance_scale) - 1.0) * (u - plain)

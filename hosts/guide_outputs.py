@@ -22,11 +22,18 @@ class Template:
 
     def __init__(self) -> None:
         self.output: Any = None
+        self.names: tuple[str, ...] = ()
+        self.listed = False
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network has run."""
+        return self.output is not None
 
     def learn(self, output: Any) -> None:
         """Keep the form, not the tensors."""
         if isinstance(output, dict):
-            self.output = type(output)(**{k: None for k in output})
+            self.output = type(output)(**dict.fromkeys(output))
             self.names, self.listed = tuple(output), isinstance(next(iter(output.values())), list)
         else:
             first = output[0] if isinstance(output, tuple) else output

@@ -133,18 +133,19 @@ _TEXT_FIRST = ("Joint", "Flux", "QwenImage", "Chroma", "Bria")
 
 def block_call(block: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call of a block that may be skipped: its inputs then are what it returns, in the order of an earlier call."""
-    values = Arguments.bind(block, args, kwargs).values
+    bound = Arguments.bind(block, args, kwargs)
+    values = bound.values
     if id(block) in _SKIPPED.get():
         form = _forms[block]
         return values[form[0]] if len(form) == 1 else tuple(values.get(name) for name in form)
     output = original(*args, **kwargs)
-    _forms[block] = _form(block, output, values)
+    _forms[block] = _form(block, output, values, bound.names[0])
     return output
 
 
-def _form(block: Any, output: Any, values: dict[str, Any]) -> tuple[str, ...]:
+def _form(block: Any, output: Any, values: dict[str, Any], image: str) -> tuple[str, ...]:
     """Names of the arguments that the outputs of a block replace."""
-    image, text = "hidden_states", "encoder_hidden_states"
+    text = "encoder_hidden_states"
     if isinstance(output, torch.Tensor):
         return (image,)
     first, a, b = output[0], values[image].shape, values[text].shape
