@@ -50,7 +50,8 @@ class FewStepGuider(BaseGuidance):
     def __init__(
         self, guidance: str | float | Method | Guidance = "cfg:5", seed: int = 0, enabled: bool = True
     ) -> None:
-        super().__init__(enabled=enabled)
+        super().__init__()
+        self._enabled = enabled  # diffusers 0.35 does not take it
         self.guidance = parse_guidance(guidance)
         _check(self.guidance)
         self.register_to_config(guidance=self.guidance.spec, seed=seed, enabled=enabled)

@@ -220,20 +220,23 @@ def test_precision_and_recall_by_brute_force() -> None:
         return False
 
     for k in (1, 3):
-        assert manifold.precision(a, b, k).tolist() == [inside(x, b, k) for x in a]
-        assert manifold.recall(a, b, k).tolist() == [inside(x, a, k) for x in b]
-    assert manifold.precision(a, a).all() and manifold.recall(a, a).all()
-    assert not manifold.precision(a + 100, b).any() and not manifold.recall(a + 100, b).any()
+        precision, recall = manifold.precision_recall(a, b, k)
+        assert precision.tolist() == [inside(x, b, k) for x in a]
+        assert recall.tolist() == [inside(x, a, k) for x in b]
+    assert all(share.all() for share in manifold.precision_recall(a, a))
+    assert not any(share.any() for share in manifold.precision_recall(a + 100, b))
 
 
 def test_lost_variety_is_seen_in_recall_and_spread_alone() -> None:
     rng = np.random.default_rng(1)
     data = rng.normal(size=(600, 4))
     narrow = 0.3 * rng.normal(size=(600, 4))
-    assert manifold.precision(narrow, data).mean() > 0.95
-    assert manifold.recall(narrow, data).mean() < 0.5
+    precision, recall = manifold.precision_recall(narrow, data)
+    assert precision.mean() > 0.95 and recall.mean() < 0.5
     assert manifold.spread(narrow) == pytest.approx(0.3 * manifold.spread(data), rel=0.1)
     labels = np.arange(600) % 3
+    by_hand = sum(((data[labels == c] - data[labels == c].mean(0)) ** 2).sum() for c in range(3)) / 597
+    assert manifold.spread(data, labels) == pytest.approx(by_hand**0.5)
     assert manifold.spread(data + 10.0 * labels[:, None], labels) == pytest.approx(
         manifold.spread(data, labels)
     )
