@@ -148,10 +148,10 @@ def in_features(solver: str, guidance: str | None, steps: int) -> Cell:
     data = manifold.spread(reference, classes)
     distance = jackknife(features, moments)
     recall = without_groups(
-        lambda rows: float(manifold.recall(features[rows], reference).mean()), SAMPLES, 10
+        lambda rows: float(manifold.precision_recall(features[rows], reference)[1].mean()), SAMPLES, 10
     )
     diversity = without_groups(lambda rows: manifold.spread(features[rows], labels[rows]) / data, SAMPLES, 10)
-    inside = manifold.precision(features, reference)
+    inside, _ = manifold.precision_recall(features, reference)
     return {
         "solver": solver,
         "guidance": guidance,

@@ -96,13 +96,11 @@ def at_most(
     steps: dict[int, int] = {}
     spent: dict[int, int] = {}
     failure: ValueError | None = None
-    for count in range(1, max(budgets) + 1):
+    for count in range(1, 2 * max(budgets) + 1):  # a method may leave out up to half of the evaluations
         try:
             used = _count(guidance, target, chosen, spacing, count)
         except ValueError as error:
-            if steps or count == max(
-                budgets
-            ):  # one step is possible, more are not: the solver does not suit it
+            if steps:  # one step is possible, more are not: the solver does not suit it
                 raise
             failure = error  # a spacing or a method may need more steps than this
             continue

@@ -30,31 +30,28 @@ def radii(features: ArrayLike, k: int = NEIGHBOURS) -> Array:
     return np.partition(own, k, axis=1)[:, k]  # the nearest is the member itself
 
 
-def covered(features: ArrayLike, by: ArrayLike, reach: ArrayLike) -> NDArray[np.bool_]:
-    """For each row of ``features`` whether it lies in the manifold of ``by`` (squared radii ``reach``), shape (n,)."""
-    return (squared_distances(features, by) <= np.asarray(reach)).any(axis=1)
-
-
-def precision(samples: ArrayLike, reference: ArrayLike, k: int = NEIGHBOURS) -> NDArray[np.bool_]:
-    """For each sample whether it lies in the manifold of the reference; the mean is the precision."""
-    return covered(samples, reference, radii(reference, k))
-
-
-def recall(samples: ArrayLike, reference: ArrayLike, k: int = NEIGHBOURS) -> NDArray[np.bool_]:
-    """For each reference whether it lies in the manifold of the samples; the mean is the recall."""
-    return covered(reference, samples, radii(samples, k))
+def precision_recall(
+    samples: ArrayLike, reference: ArrayLike, k: int = NEIGHBOURS, reach: Array | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """For each sample whether it lies in the manifold of the reference, for each reference whether it lies in that of
+    the samples; the means are precision and recall. ``reach``: the radii of the reference, if they are known.
+    """
+    distances = squared_distances(samples, reference)
+    inside = distances <= (radii(reference, k) if reach is None else reach)
+    reached = distances <= radii(samples, k)[:, None]
+    return np.any(inside, axis=1), np.any(reached, axis=0)
 
 
 def spread(features: ArrayLike, labels: ArrayLike | None = None) -> float:
     """Root of the mean squared distance of a row to the mean of its class (of all without labels), n - 1 weighted.
 
-    That is 1 / sqrt(2) of the rms distance of two samples of one class. Classes with one member are left out.
+    That is 1 / sqrt(2) of the rms distance of two samples of one class.
     """
     f = np.asarray(features, np.float64)
-    groups = np.zeros(len(f), np.int64) if labels is None else np.asarray(labels)
-    total, freedom = 0.0, 0
-    for group in np.unique(groups):
-        member = f[groups == group]
-        total += float(((member - member.mean(0)) ** 2).sum())
-        freedom += len(member) - 1
-    return (total / freedom) ** 0.5 if freedom else float("nan")
+    f = f - f.mean(0)
+    _, group = np.unique(np.zeros(len(f)) if labels is None else np.asarray(labels), return_inverse=True)
+    member = (group == np.arange(group.max() + 1)[:, None]).astype(np.float64)  # (classes, n)
+    sums, counts = member @ f, member.sum(1)
+    freedom = len(f) - len(counts)
+    total = float((f * f).sum() - ((sums * sums).sum(1) / counts).sum())
+    return (max(total, 0.0) / freedom) ** 0.5 if freedom else float("nan")

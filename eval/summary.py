@@ -153,8 +153,7 @@ class Summary:
         reference = images["features"]
         if self._reach is None:
             self._reach = manifold.radii(reference)
-        inside = manifold.covered(features, reference, self._reach)
-        reached = manifold.recall(features, reference)
+        inside, reached = manifold.precision_recall(features, reference, reach=self._reach)
         data = manifold.spread(reference, images.get("label") if labels is not None else None)
 
         def diversity(rows: np.ndarray) -> float:

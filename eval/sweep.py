@@ -228,7 +228,7 @@ def _choices(config: Config, target: Target) -> Sequence[Choice]:
     """What a model is guided by: without an unconditional network by what does not need one, or it is run as it is."""
     wanted = dict.fromkeys(map(guiding.choice, config.guidance or target.guidance))
     if not target.guidable:
-        wanted = dict.fromkeys(w for w in wanted if guiding.composite(w) and guiding.cost(w) == 1)
+        wanted = dict.fromkeys(w if guiding.composite(w) else None for w in wanted if guiding.cost(w) == 1)
     return tuple(wanted) or (None,)
 
 

@@ -60,8 +60,8 @@ class Extrapolate(Method):
     if all agree; ``batch`` takes them of the whole batch (FSampler), so that samples depend on each other.
 
     For the fixed patterns and what depends on no data there is the transform ``skip``, a linear program: the same
-    numbers. The host waits for the device once where a skip is to be validated or gated. At equally many calls fewer
-    steps of the same solver are mostly better: compare before use.
+    numbers. The host waits for the device once where a skip is to be validated or gated. Compare before use, at
+    equally many calls: ``caution`` says what was measured.
     """
 
     pattern: str = "h2/s2"
@@ -83,6 +83,11 @@ class Extrapolate(Method):
     norms: Literal["sample", "batch"] = "sample"
 
     needs_steps = True
+    caution = (
+        "against fewer steps of the same solver: variable=epsilon with h2 or h3, learning and pattern=adaptive lose on "
+        "multistep solvers, branch=unconditional is no better; variable=denoised and sigma_aware win "
+        "(docs/guidance-measured.md)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,9 +47,9 @@ def guide(
     """
     chosen = _with_skip(guidance, skip)
     if getattr(pipe, "guider", None) is not None:
-        from .guider import hand_over  # type: ignore[import-not-found]
+        from .guider_handle import attach_guider
 
-        return hand_over(pipe, chosen)
+        return attach_guider(pipe, chosen)
     return Handle(pipe, chosen, None if audio is None else _with_skip(audio, skip))
 
 

@@ -8,7 +8,7 @@ with what it said last, without running.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from diffusers.guiders import guider_utils
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from ..guidance import Call, Extrapolate, Guidance, Method, Record, Session
+from ..guidance import Call, Extrapolate, Guidance, Method, Session
 from ..guidance import parse as parse_guidance
 from ..guidance.run import CONDITIONAL, UNCONDITIONAL, Run
 from ..schedules import Flow, Node
@@ -28,14 +28,13 @@ _EMBEDDINGS = ("prompt_embeds", "encoder_hidden_states", "cap_feats")
 """What a pipeline calls the condition that CADS changes."""
 _HIDDEN = ("sample", "hidden_states", "x")
 """What a network calls its state."""
-_SLOTS = ("guider", "guider_2", "ocr_guider")
 
 
 class FewStepGuider(BaseGuidance):
     """A diffusers guider that runs any composition of guidance methods.
 
     ``guidance`` is what :func:`fewstep.sample` takes: methods, their text or a scale. ``seed`` is for methods that
-    draw noise; sample i uses seed + i. The scheduler of the pipeline tells the noise levels: :func:`attach_guider`
+    draw noise; sample i uses seed + i. The scheduler of the pipeline tells the noise levels: :func:`fewstep.guide`
     gives it, or set ``guider.scheduler``. In a config the guidance stands as text, without callables.
 
     The network's input is taken as the state x_t in the frame that it has there (unit variance for VP models, whatever
@@ -51,7 +50,8 @@ class FewStepGuider(BaseGuidance):
     def __init__(
         self, guidance: str | float | Method | Guidance = "cfg:5", seed: int = 0, enabled: bool = True
     ) -> None:
-        super().__init__(enabled=enabled)
+        super().__init__()
+        self._enabled = enabled  # diffusers 0.35 does not take it
         self.guidance = parse_guidance(guidance)
         _check(self.guidance)
         self.register_to_config(guidance=self.guidance.spec, seed=seed, enabled=enabled)
@@ -71,7 +71,7 @@ class FewStepGuider(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         """The boundary of a step; one that is not after the last begins a run."""
         first = self.session is None or self._step is None or step <= self._step
-        super().set_state(step, num_inference_steps, timestep)
+        super().set_state(step, num_inference_steps, timestep)  # type: ignore[arg-type]
         self._release()
         self._plan, self._hidden = None, None
         if not self._enabled:
@@ -101,7 +101,7 @@ class FewStepGuider(BaseGuidance):
 
         diffusers 0.35 gave the block state here, and the names of its fields.
         """
-        if not isinstance(data, Mapping):
+        if not isinstance(data, dict):
             return self.prepare_inputs_from_block_state(data, input_fields or self._input_fields)
         self._require(value[1] for value in data.values() if isinstance(value, tuple))
         return self._conditioned([self._prepare_batch(data, *place) for place in self._places()])
@@ -110,7 +110,7 @@ class FewStepGuider(BaseGuidance):
         """The same from a block state and the names of its fields."""
         names = [value[1] for value in input_fields.values() if isinstance(value, tuple)]
         self._require(getattr(data, name, None) for name in names)
-        prepare = getattr(self, "_prepare_batch_from_block_state", self._prepare_batch)
+        prepare: Any = getattr(self, "_prepare_batch_from_block_state", self._prepare_batch)
         return self._conditioned([prepare(input_fields, data, *place) for place in self._places()])
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
@@ -276,75 +276,3 @@ def _state(hidden: Any, like: torch.Tensor) -> torch.Tensor:
 def _rows(prediction: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
     assert prediction is not None
     return prediction if rows is None else prediction[rows]
-
-
-class GuiderHandle:
-    """Guidance that stands in for the guiders of a pipeline, until :meth:`remove`; also a context manager.
-
-    ``nfe`` counts evaluations of one sample in the last call of the pipeline, ``trace()`` has a record for each step.
-    """
-
-    def __init__(self, pipe: Any, guider: FewStepGuider) -> None:
-        self.pipe, self.guider = pipe, guider
-        self._before = {n: g for n in _SLOTS if (g := getattr(pipe, n, None)) is not None}
-        if not self._before:
-            raise ValueError(f"{type(pipe).__name__} has no guider: it makes no unconditional prediction")
-        for name, before in self._before.items():
-            if isinstance(before, FewStepGuider) and before.scheduler is not None:
-                raise ValueError(
-                    f"{type(pipe).__name__}.{name} is guided already; remove that guidance first"
-                )
-        _put(pipe, dict.fromkeys(self._before, guider))
-        guider.scheduler = lambda: pipe.scheduler
-
-    @property
-    def nfe(self) -> int:
-        return self.guider.nfe
-
-    def trace(self) -> list[Record]:
-        """Scale, rows that ran, cosine and whether it was skipped, for every evaluation of the last call."""
-        return [] if self.guider.session is None else list(self.guider.session.trace)
-
-    def remove(self) -> None:
-        """Give the pipeline its own guiders back."""
-        if self._before:
-            _put(self.pipe, self._before)
-            self._before = {}
-            self.guider.scheduler = None
-
-    def __enter__(self) -> GuiderHandle:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-
-def _put(pipe: Any, guiders: Mapping[str, Any]) -> None:
-    """Make them the pipeline's components."""
-    if hasattr(pipe, "update_components"):
-        pipe.update_components(**guiders)
-    else:
-        pipe.register_modules(**guiders)
-
-
-def attach_guider(
-    pipe: Any,
-    guidance: str | float | Method | Guidance | None,
-    skip: Extrapolate | None = None,
-    seed: int = 0,
-) -> GuiderHandle:
-    """Put guidance in the place of a pipeline's guiders.
-
-    Args:
-        pipe: a modular pipeline, or another one with a ``guider`` component.
-        guidance: methods, their text or a scale; None takes the scale of the pipeline's own guider.
-        skip: steps in which no network runs.
-        seed: for methods that draw noise.
-
-    Raises:
-        ValueError: the pipeline has no guider or is guided already, or a method cannot be had in one.
-    """
-    if guidance is None:
-        guidance = float(getattr(getattr(pipe, "guider", None), "guidance_scale", 1.0))
-    chosen = parse_guidance(guidance)
-    return GuiderHandle(pipe, FewStepGuider(chosen if skip is None else chosen + skip, seed))

@@ -133,6 +133,17 @@ def test_mistakes_are_named_before_any_work(guidance: str, message: str) -> None
         expand(replace(SMALL, guidance=(guidance,)))
 
 
+def test_a_model_without_an_unconditional_network_has_what_needs_none() -> None:
+    config = Config(
+        ("builtin:gmm",), ("dpmpp_2m",), (10,), guidance=("1", "extrapolate:h3/s3", "3"), samples=2
+    )
+    plain, skipped = expand(replace(config, models=("builtin:gmm", UNET), guidance=config.guidance)).panels[
+        :2
+    ]
+    assert (plain.guidance, skipped.guidance) == (None, "extrapolate:h3/s3")
+    assert (plain.cells[0].steps, skipped.cells[0].steps) == (10, 11) and skipped.cells[0].most == 10
+
+
 def test_a_batch_that_is_decided_for_is_part_of_the_key(plan: Plan) -> None:
     other = expand(replace(SMALL, chunk=8))
     pairs = list(zip(plan.panels, other.panels))
@@ -209,20 +220,23 @@ def test_precision_and_recall_by_brute_force() -> None:
         return False
 
     for k in (1, 3):
-        assert manifold.precision(a, b, k).tolist() == [inside(x, b, k) for x in a]
-        assert manifold.recall(a, b, k).tolist() == [inside(x, a, k) for x in b]
-    assert manifold.precision(a, a).all() and manifold.recall(a, a).all()
-    assert not manifold.precision(a + 100, b).any() and not manifold.recall(a + 100, b).any()
+        precision, recall = manifold.precision_recall(a, b, k)
+        assert precision.tolist() == [inside(x, b, k) for x in a]
+        assert recall.tolist() == [inside(x, a, k) for x in b]
+    assert all(share.all() for share in manifold.precision_recall(a, a))
+    assert not any(share.any() for share in manifold.precision_recall(a + 100, b))
 
 
 def test_lost_variety_is_seen_in_recall_and_spread_alone() -> None:
     rng = np.random.default_rng(1)
     data = rng.normal(size=(600, 4))
     narrow = 0.3 * rng.normal(size=(600, 4))
-    assert manifold.precision(narrow, data).mean() > 0.95
-    assert manifold.recall(narrow, data).mean() < 0.5
+    precision, recall = manifold.precision_recall(narrow, data)
+    assert precision.mean() > 0.95 and recall.mean() < 0.5
     assert manifold.spread(narrow) == pytest.approx(0.3 * manifold.spread(data), rel=0.1)
     labels = np.arange(600) % 3
+    by_hand = sum(((data[labels == c] - data[labels == c].mean(0)) ** 2).sum() for c in range(3)) / 597
+    assert manifold.spread(data, labels) == pytest.approx(by_hand**0.5)
     assert manifold.spread(data + 10.0 * labels[:, None], labels) == pytest.approx(
         manifold.spread(data, labels)
     )
@@ -231,6 +245,7 @@ def test_lost_variety_is_seen_in_recall_and_spread_alone() -> None:
 def test_the_condition_of_the_network_is_its_embedding() -> None:
     denoiser = load_target(UNET).denoiser(range(4))
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 300.0)
+    assert denoiser.condition is not None
     assert torch.equal(denoiser.fn(x, t), denoiser.fn(x, t, denoiser.condition))
     other = denoiser.fn(x, t, denoiser.condition.flip(0))
     assert not torch.allclose(other, denoiser.fn(x, t))
@@ -245,3 +260,10 @@ def test_command_line_and_folder(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [p["guidance"] for p in metrics["panels"]] == [2.0, "cfg:2+extrapolate:h3/s3,protect_first=0"]
     assert main(["report", str(tmp_path)]) == 0
+
+
+def test_what_was_measured_against_a_method_is_listed() -> None:
+    from fewstep.eval.listing import guidance
+
+    cautions = {row["name"]: row["caution"] for row in guidance()}
+    assert "fewer steps" in cautions["extrapolate"] and not cautions["cfg"]

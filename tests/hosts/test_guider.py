@@ -14,7 +14,8 @@ import fewstep as fs
 
 pytest.importorskip("diffusers.modular_pipelines.stable_diffusion_3")
 guider_module = importlib.import_module("fewstep.hosts.guider")
-attach_guider, FewStepGuider = guider_module.attach_guider, guider_module.FewStepGuider
+FewStepGuider = guider_module.FewStepGuider
+attach_guider = importlib.import_module("fewstep.hosts.guider_handle").attach_guider
 
 STEPS, BATCH = 9, 2
 
@@ -309,7 +310,6 @@ def test_several_samples_keep_their_results(one: Modular) -> None:
     [
         ("pcg:3", "evaluations of its own"),
         ("extrapolate:adaptive+cfg:5", "fixed pattern"),
-        ("adaptive", "needs a scale"),
         ("apg:5+cfg:3", "both give a scale"),
     ],
 )
@@ -318,6 +318,27 @@ def test_what_a_guider_cannot_have_is_refused(one: Modular, guidance: str, messa
     with pytest.raises(ValueError, match=message):
         attach_guider(one.pipe, guidance)
     assert one.pipe.guider is before
+
+
+def test_the_pipelines_own_scale_applies_where_none_is_given(one: Modular) -> None:
+    own, before = one(), one.pipe.guider
+    with fs.guide(one.pipe) as handle:
+        assert difference(one(), own) < 1e-5 and handle.nfe == 2 * BATCH * STEPS
+    with fs.guide(one.pipe, skip="h2/s3") as handle:
+        one()
+        assert handle.trace()[0].scale == 5.0 and 0 < handle.nfe < 2 * BATCH * STEPS
+    changed = diffusers.ClassifierFreeGuidance(
+        guidance_scale=4.0, use_original_formulation=True, guidance_rescale=0.3, stop=0.5
+    )
+    one.pipe.update_components(guider=changed)
+    own = one()
+    with fs.guide(one.pipe, "adaptive:1.1") as handle:
+        guided = one()
+    assert handle.trace()[0].scale == 5.0 and difference(guided, own) < 1e-4
+    one.pipe.update_components(guider=diffusers.TangentialClassifierFreeGuidance())
+    with pytest.raises(ValueError, match="give a scale"):
+        fs.guide(one.pipe, "adaptive")
+    one.pipe.update_components(guider=before)
 
 
 def test_missing_inputs_and_a_second_guidance_are_refused() -> None:
