@@ -218,13 +218,13 @@ def align_your_steps(
         last = max(min(nfe, BASE) * room, int(np.argmin(np.abs(ratios - max(end, ratios[-1])))))
         starts = [_snapped(source, ratios[: last + 1], min(nfe, BASE), s, room) for s in STARTS]
         if doublings:
-            paths = [descend(cost, start, room=room) for start in starts]
+            grown = [descend(cost, start, room=room) for start in starts]
             for left in range(doublings):
-                paths = [
+                grown = [
                     descend(cost, path, range(0, len(path), 2), room >> (left + 1))
-                    for path in map(doubled, paths)
+                    for path in map(doubled, grown)
                 ]
-            found += paths
+            found += grown
         else:
             found.append(shortest_path(cost[: last + 1, : last + 1], nfe))
             found += [descend(cost, start, judge=quality) for start in starts if early]
