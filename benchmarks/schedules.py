@@ -187,7 +187,8 @@ def markdown(cells: list[Row], stochastic: list[Row]) -> str:
 
     names = list(dict.fromkeys(name for name, _ in ratios))
     for name in sorted(names, key=lambda n: np.nanmean([math.log(mean(n, m)) for m in models])):
-        lines.append(f"| {name} | " + " | ".join(f"{mean(name, m):.2f}" for m in models) + " |")
+        row = ["" if math.isnan(mean(name, m)) else f"{mean(name, m):.2f}" for m in models]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
     counts = [f"{m} {sum(k[0] == m for k in default)}" for m in models]
     lines += ["", "Cells (solvers times evaluations): " + ", ".join(counts) + "."]
     runs = list(dict.fromkeys((r["model"], r["solver"], r["nfe"]) for r in stochastic))

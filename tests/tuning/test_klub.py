@@ -157,7 +157,7 @@ def test_it_beats_the_hand_made_schedules(problem, solver):
 def test_more_than_ten_steps_are_made_by_doubling(problem):
     source, truth, _ = problem
     for nfe in (14, 25):
-        levels = align_your_steps(source, truth, nfe)
+        levels = align_your_steps(source, truth, nfe, size=48, paths=2)
         assert len(levels) == nfe + 1 and levels[0] == source.top and levels[-1] == 0.0
         assert all(a > b for a, b in zip(levels, levels[1:]))
 
