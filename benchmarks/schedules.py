@@ -1,6 +1,7 @@
 """Every spacing and every search for levels, on the embedded models.
 
     python benchmarks/schedules.py [--models gmm digits-exact ...] [--nfe 4 5 ...] [--out FILE]
+    python benchmarks/schedules.py --table                  # what docs/schedules.md shows, from the file
 
 Two tables. ``cells``: RMS distance per element to the converged solution from the same noise, 64 samples that no search
 has seen, with the default solver and DPM-Solver++(2M); searches see 32 other trajectories. ``stochastic``: what
@@ -16,7 +17,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--nfe", nargs="+", type=int, default=NFES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "schedules.json")
+    parser.add_argument("--table", action="store_true", help="print the tables of the file and stop")
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     tables: dict[str, list[Row]] = {k: before.get(k, []) for k in ("cells", "stochastic")}
+    if args.table:
+        print(markdown(tables["cells"], tables["stochastic"]))
+        return
     for name in args.models:
         target = load_target(f"builtin:{name}")
         for table, rows in (("cells", cells), ("stochastic", stochastic)):
@@ -96,7 +102,9 @@ def grids(
             yield "spacing", spacing, make_grid(noise, nfe, spacing), 0.0
         except ValueError:
             continue
-    found = {s: (lambda s=s: search(s, source, truth, nfe, solver)) for s in SEARCHES}
+    found: dict[str, Callable[[], Any]] = {
+        s: partial(search, s, source, truth, nfe, solver) for s in SEARCHES
+    }
     shape = target.model.shape if target.model else ()
     if len(shape) == 3:
         found["power_law"] = lambda: from_spectrum(noise, nfe, power_law(shape), solver=solver)
@@ -161,6 +169,37 @@ def frechet(a: Moments, b: Moments) -> float:
     """``|m - n|^2 + tr(A + B - 2 (A B)^(1/2))``, the square of the distance of two normal distributions."""
     eigenvalues = np.linalg.eigvals(a[1] @ b[1]).real.clip(min=0.0)
     return float(np.sum((a[0] - b[0]) ** 2) + np.trace(a[1] + b[1]) - 2.0 * np.sqrt(eigenvalues).sum())
+
+
+def markdown(cells: list[Row], stochastic: list[Row]) -> str:
+    """Geometric means over solvers and evaluations of the error over that of the default spacing in the same cell."""
+    cell = ("model", "nfe", "solver")
+    default = {tuple(r[k] for k in cell): r["error"] for r in cells if r["schedule"] == "arctan"}
+    models = list(dict.fromkeys(r["model"] for r in cells))
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for r in cells:
+        name = f"*{r['schedule']}*" if r["kind"] == "search" else f"`{r['schedule']}`"
+        ratios.setdefault((name, r["model"]), []).append(r["error"] / default[tuple(r[k] for k in cell)])
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (1 + len(models)) + "|"]
+
+    def mean(name: str, model: str) -> float:
+        return math.exp(float(np.mean(np.log(ratios.get((name, model), [math.nan])))))
+
+    names = list(dict.fromkeys(name for name, _ in ratios))
+    for name in sorted(names, key=lambda n: np.nanmean([math.log(mean(n, m)) for m in models])):
+        row = ["" if math.isnan(mean(name, m)) else f"{mean(name, m):.2f}" for m in models]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    counts = [f"{m} {sum(k[0] == m for k in default)}" for m in models]
+    lines += ["", "Cells (solvers times evaluations): " + ", ".join(counts) + "."]
+    runs = list(dict.fromkeys((r["model"], r["solver"], r["nfe"]) for r in stochastic))
+    if runs:
+        names = list(dict.fromkeys(r["schedule"] for r in stochastic))
+        lines += ["", "| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for key in runs:
+        errors = {r["schedule"]: r["error"] for r in stochastic if (r["model"], r["solver"], r["nfe"]) == key}
+        row = " | ".join(f"{errors[n]:.3f}" if n in errors else "" for n in names)
+        lines.append(f"| {key[0]}, `{key[1]}`, NFE {key[2]} | {row} |")
+    return "\n".join(lines)
 
 
 def write(out: Path, tables: dict[str, list[Row]]) -> None:

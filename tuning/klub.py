@@ -191,20 +191,21 @@ def align_your_steps(
     a number for levels, the less the better, the error of the solver if not given (a stochastic solver needs one, such
     as a Frechet distance). ``early=False`` is the bare minimum down to the cleanest trained level.
 
-    Costs ``size * paths`` evaluations a trajectory, and ``nfe`` for each look at the error.
+    Costs ``size * paths`` evaluations a trajectory, twice as many for each doubling, and ``nfe`` for each look at the
+    error.
     """
     candidates(source, truth, nfe, len(truth.angles))  # checks the numbers
     high, trained = _node(source, source.top, level=True).ratio, source.noise_schedule.level_min
     c = float(truth.result.double().std())
     doublings = max(0, math.ceil(math.log2(nfe / BASE)))
     room = 2**doublings  # entries between two levels of the first grid
-    size = max(size, 8 * BASE * room)
-    ratios = table_ratios(_node(source, trained, level=True).ratio, high, c, size)
+    ratios = table_ratios(_node(source, trained, level=True).ratio, high, c, size * room)
     cost = step_costs(source, truth.indices, truth.result, ratios, paths=paths, seed=seed)
     levels = np.array([source.top, *source.noise_schedule.level_at_ratio(ratios[1:])])
 
     def finished(path: Sequence[int]) -> tuple[float, ...]:
-        return (*resampled(levels[list(path)], nfe)[:-1].tolist(), 0.0)
+        steps = min(nfe, len(path) - 1)  # a grid that is not doubled yet is judged as it is
+        return (*resampled(levels[list(path)], steps)[:-1].tolist(), 0.0)
 
     def total(path: Sequence[int]) -> float:
         return float(cost[path[:-1], path[1:]].sum())
@@ -217,17 +218,14 @@ def align_your_steps(
     for end in ENDS if early else ENDS[:1]:
         last = max(min(nfe, BASE) * room, int(np.argmin(np.abs(ratios - max(end, ratios[-1])))))
         starts = [_snapped(source, ratios[: last + 1], min(nfe, BASE), s, room) for s in STARTS]
-        if doublings:
-            paths = [descend(cost, start, room=room) for start in starts]
-            for left in range(doublings):
-                paths = [
-                    descend(cost, path, range(0, len(path), 2), room >> (left + 1))
-                    for path in map(doubled, paths)
-                ]
-            found += paths
-        else:
+        ends = [descend(cost, start, room=room, judge=quality if early else None) for start in starts]
+        for left in range(doublings):
+            ends = [
+                descend(cost, path, range(0, len(path), 2), room >> (left + 1)) for path in map(doubled, ends)
+            ]
+        found += ends
+        if not doublings:
             found.append(shortest_path(cost[: last + 1, : last + 1], nfe))
-            found += [descend(cost, start, judge=quality) for start in starts if early]
     return finished(min(found, key=quality if early else total))
 
 

@@ -50,12 +50,11 @@ def _shrunk(x: np.ndarray) -> np.ndarray:
     ``r = mean |x x^T - S|^2 / (B |S - m I|^2)``, at most 1, is the share of what is seen that is chance.
     """
     count, size = x.shape
-    gram = x @ x.T
+    gram = x @ x.T if count < size else x.T @ x
     values = np.zeros(size)
-    found = np.linalg.eigvalsh(gram)[::-1].clip(min=0.0) / count
-    values[: min(count, size)] = found[:size]
+    values[: len(gram)] = np.linalg.eigvalsh(gram)[::-1].clip(min=0.0) / count
     mean, squares = values.mean(), float(np.square(values).sum())
-    chance = float(np.square(gram.diagonal()).mean()) - squares  # mean |x x^T - S|^2
+    chance = float(np.square(np.square(x).sum(1)).mean()) - squares  # mean |x x^T - S|^2
     spread = squares - size * mean**2
     share = min(1.0, chance / count / spread) if spread > 0 else 0.0
     return ((1.0 - share) * values + share * mean) * (count / (count - 1))

@@ -136,7 +136,7 @@ def test_doubling_and_resampling():
     np.testing.assert_allclose(resampled(levels, 4), levels)
 
 
-@pytest.fixture(scope="module", params=["gmm", "gmm:noise=edm", "gmm:noise=flow"])
+@pytest.fixture(scope="module", params=["gmm", "gmm:noise=flow"])
 def problem(request):
     source = source_of(load_target(f"builtin:{request.param}"))
     return source, solve(source, range(1000, 1024), 80), solve(source, range(32), 80)
@@ -156,8 +156,8 @@ def test_it_beats_the_hand_made_schedules(problem, solver):
 
 def test_more_than_ten_steps_are_made_by_doubling(problem):
     source, truth, _ = problem
-    for nfe in (14, 20, 25):
-        levels = align_your_steps(source, truth, nfe)
+    for nfe in (14, 25):
+        levels = align_your_steps(source, truth, nfe, size=48, paths=2)
         assert len(levels) == nfe + 1 and levels[0] == source.top and levels[-1] == 0.0
         assert all(a > b for a, b in zip(levels, levels[1:]))
 
