@@ -83,6 +83,7 @@ class Extrapolate(Method):
     norms: Literal["sample", "batch"] = "sample"
 
     needs_steps = True
+    reads_values = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

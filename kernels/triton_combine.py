@@ -30,8 +30,10 @@ _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 @triton.jit
 def normal(seed, key, element):
     """One standard normal for each element: Philox4x32-10 and Box-Muller, as reference.philox_normal."""
+    element = element.to(tl.int64)
+    key = tl.cast(key, tl.int64)
     low = (element & 0xFFFFFFFF).to(tl.uint32)
-    high = (element.to(tl.int64) >> 32).to(tl.uint32)
+    high = (element >> 32).to(tl.uint32)
     zero = low * 0
     a, b, _, _ = tl.philox(
         seed,

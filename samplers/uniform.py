@@ -1,8 +1,8 @@
 """A program whose steps are all the same operation, told apart by a counter: for compiled and captured loops.
 
-A step takes the state, what the solver remembers and a prediction, and gives the next state and memory: one combination,
-whose coefficients stand in a table with one entry a step. Nothing in it depends on the number of the step but the entry,
-so torch.compile compiles one step and a CUDA graph of one step can be replayed for all.
+A step takes the state, what the solver remembers and a prediction, and gives the next state and memory: one
+combination, whose coefficients stand in a table with one entry a step. Nothing in it depends on the number of the step
+but the entry, so torch.compile compiles one step and a CUDA graph of one step can be replayed for all.
 """
 
 from __future__ import annotations
