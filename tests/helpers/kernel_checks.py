@@ -54,7 +54,7 @@ def in_ulps(outputs: list[torch.Tensor], inputs: list[torch.Tensor], coefs: torc
 def check(
     outputs: list[torch.Tensor], inputs: list[torch.Tensor], coefs: torch.Tensor, most: float = 1.0
 ) -> None:
-    """At most 2 units anywhere, and at most one (``most``) nearly everywhere; without fused products less often in fp32."""
+    """At most 2 units anywhere, at most one (``most``) nearly everywhere; in fp32 less often without fused products."""
     errors = in_ulps(outputs, inputs, coefs)
     if errors.numel():
         assert errors.max() <= 2.0

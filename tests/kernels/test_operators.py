@@ -68,7 +68,7 @@ def test_gradients_through_a_run():
 
 
 @pytest.mark.parametrize(
-    "spec", ["euler", "dpmpp_2m", "unipc:order=3", "deis:order=3", "heun", "ghvb", "dpmpp_2m+dc"]
+    "spec", ["euler", "dpmpp_2m", "unipc:order=3", "deis:order=3", "heun", "ghvb", "dpmpp_2m+heavy_ball"]
 )
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
 def test_uniform_steps_are_the_program(spec, prediction):
