@@ -7,6 +7,7 @@ small C++ file, compiled once with the compiler at hand; on CUDA like ``auto``.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -31,12 +32,8 @@ def mode() -> str:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    try:
-        import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed; it is imported when a kernel is called."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

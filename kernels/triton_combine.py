@@ -10,6 +10,10 @@ read from a table in device memory at a position that a counter in device memory
 on by itself. float64 always uses a table, since float arguments are fp32.
 """
 
+# Triton's language is not Python to a type checker, and Triton may be absent.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
