@@ -57,6 +57,7 @@ class AdaptiveGuidance(Method):
 
     needs_scale = True
     needs_steps = True
+    reads_values = True
 
     @property
     def slots(self) -> frozenset[str]:

@@ -88,6 +88,7 @@ class Extrapolate(Method):
         "multistep solvers, branch=unconditional is no better; variable=denoised and sigma_aware win "
         "(docs/guidance-measured.md)"
     )
+    reads_values = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

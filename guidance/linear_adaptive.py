@@ -237,6 +237,7 @@ class Recorder(Method):
     rank: ClassVar[int] = 30
     needs_scale = True
     needs_steps = True
+    reads_values = True
 
     def check(self, run: Run, guidance: Guidance) -> None:
         times = tuple(node.t for node in run.nodes)

@@ -89,6 +89,7 @@ class Method:
     needs_gradients: ClassVar[bool] = False  # through the network
     needs_evaluate: ClassVar[bool] = False  # evaluations besides those of its branches
     needs_memoryless: ClassVar[bool] = False  # a solver that keeps nothing but the state
+    reads_values: ClassVar[bool] = False  # of the device, to decide what runs next
     several: ClassVar[bool] = False  # whether a composition may hold it more than once
 
     @property

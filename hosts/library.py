@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,19 +14,30 @@ from numpy.typing import ArrayLike
 
 from ..guidance import Denoiser, Guidance, Method, Predictor, Run
 from ..guidance import parse as parse_guidance
-from ..samplers import BrownianNoise, NoiseSource, Program, Solver, Stepper, WhiteNoise, compile, parse
+from ..samplers import (
+    BrownianNoise,
+    NoiseSource,
+    PhiloxNoise,
+    Program,
+    Solver,
+    Stepper,
+    WhiteNoise,
+    compile,
+    parse,
+)
 from ..samplers.adaptive import AdaptiveResult, integrate, landmarks
 from ..samplers.noise import standard_normal
 from ..samplers.teleport import Gaussian
 from ..schedules import TimeGrid, make_grid
 from ..schedules.spacing import DEFAULT as DEFAULT_SCHEDULE
 from ..schedules.spec import bind, options_of, suggestion
+from . import cuda_graphs
 
 if TYPE_CHECKING:
     from ..tuning import Recipe
 
-NoiseKind = Literal["white", "brownian"]
-_NOISE = {"white": WhiteNoise, "brownian": BrownianNoise}
+NoiseKind = Literal["white", "brownian", "philox"]
+_NOISE = {"white": WhiteNoise, "brownian": BrownianNoise, "philox": PhiloxNoise}
 
 
 def sample(
@@ -43,6 +54,7 @@ def sample(
     progress: bool = False,
     recipe: str | Path | Recipe | None = None,
     teleport: tuple[Gaussian, float] | None = None,
+    cuda_graph: bool = False,
 ) -> torch.Tensor:
     """Sample from a denoiser.
 
@@ -58,11 +70,14 @@ def sample(
         guidance: None, a scale w (``u + w (c - u)``), methods such as ``fs.APG(10.0) + fs.CADS()``, or their text,
            ``"apg:10+cads"``; see :func:`fewstep.guidance.methods`.
         seed: an integer (sample i uses seed + i) or one integer a sample; for stochastic solvers.
-        noise: ``"white"``, ``"brownian"`` (the same path for any number of steps) or a noise source.
+        noise: ``"white"``, ``"brownian"`` (the same path for any number of steps), ``"philox"`` (computed on the
+           device, other numbers than ``"white"``) or a noise source.
         progress: show a progress bar on stderr.
         recipe: file written by ``fewstep tune`` instead of solver, steps and schedule.
         teleport: a :class:`fewstep.samplers.Gaussian` of the data and a noise level: x is moved there in closed form,
            in place of the steps above it.
+        cuda_graph: capture the whole loop, networks included, in a CUDA graph at the first call and replay it at later
+           ones with the same arguments and shape; for networks that can be captured. See docs/kernels.md.
 
     Returns:
         The sample, shape of x, dtype the promotion of x's and the network's.
@@ -82,18 +97,28 @@ def sample(
         methods, grid, chosen = _tuned(denoiser, x, recipe, guidance)
     program = compile(chosen, grid, prediction=denoiser.prediction)
     source = _noise_source(noise, seed, x.shape[0]) if program.stochastic else None
-    predictor, guided = denoiser, None
+    run = _run(denoiser, program, chosen, grid, seed, x.shape[0])
     if methods is not None:
-        predictor = guided = methods.bind(denoiser, _run(denoiser, program, chosen, grid, seed, x.shape[0]))
-    moves = guided is not None and guided.moves
-    stepper = Stepper(program, x, source)
-    with _progress(program.nfe, chosen.spec, progress) as advance:
+        methods.bind(denoiser, run)  # what cannot be is refused before the first network call
+
+    def loop(x: torch.Tensor, advance: Callable[[], None]) -> tuple[torch.Tensor, Stepper]:
+        guided = None if methods is None else methods.bind(denoiser, run)
+        predictor = denoiser if guided is None else guided
+        moves = guided is not None and guided.moves
+        noise = source.again() if isinstance(source, PhiloxNoise) else source
+        stepper = Stepper(program, x, noise)
         while not stepper.done:
             if guided is not None and moves:
                 stepper.x = guided.move(stepper.x, stepper.node)
             stepper.step(predictor(stepper.x, stepper.node))
             advance()
-    return guided.move(stepper.x, grid[-1]) if guided is not None and moves else stepper.x
+        return guided.move(stepper.x, grid[-1]) if guided is not None and moves else stepper.x, stepper
+
+    if cuda_graph:
+        cuda_graphs.check(x, program, methods, source)
+        return cuda_graphs.replay(denoiser, (program, methods, source), x, loop)
+    with _progress(program.nfe, chosen.spec, progress) as advance:
+        return loop(x, advance)[0]
 
 
 def sample_adaptive(
@@ -243,7 +268,7 @@ def _noise_source(noise: NoiseKind | NoiseSource, seed: int | Sequence[int], bat
         return noise
     if noise not in _NOISE:
         raise ValueError(
-            f"noise must be 'white', 'brownian' or a source, got {noise!r}{suggestion(noise, _NOISE)}"
+            f"noise must be 'white', 'brownian', 'philox' or a source, got {noise!r}{suggestion(noise, _NOISE)}"
         )
     return _NOISE[noise](_seeds(seed, batch))
 

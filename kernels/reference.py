@@ -45,7 +45,9 @@ def combine_numbers(inputs: Sequence[torch.Tensor], rows: Sequence[Sequence[floa
     work = work_dtype(dtype)
     outputs = []
     for row in rows:
-        (first, factor), *terms = [(x, c) for x, c in zip(inputs, row, strict=True) if c] or [(inputs[0], 0.0)]
+        (first, factor), *terms = [(x, c) for x, c in zip(inputs, row, strict=True) if c] or [
+            (inputs[0], 0.0)
+        ]
         total = torch.mul(first, factor) if first.dtype is work else first.to(work).mul_(factor)
         for x, c in terms:
             total.add_(x, alpha=c)

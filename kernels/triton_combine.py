@@ -10,6 +10,10 @@ read from a table in device memory at a position that a counter in device memory
 on by itself. float64 always uses a table, since float arguments are fp32.
 """
 
+# Triton's language is not Python to a type checker, and Triton may be absent.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,8 +34,10 @@ _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 @triton.jit
 def normal(seed, key, element):
     """One standard normal for each element: Philox4x32-10 and Box-Muller, as reference.philox_normal."""
+    element = element.to(tl.int64)
+    key = tl.cast(key, tl.int64)
     low = (element & 0xFFFFFFFF).to(tl.uint32)
-    high = (element.to(tl.int64) >> 32).to(tl.uint32)
+    high = (element >> 32).to(tl.uint32)
     zero = low * 0
     a, b, _, _ = tl.philox(
         seed,

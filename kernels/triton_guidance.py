@@ -7,6 +7,10 @@ once. Standard deviations are of numbers shifted by the first element of the sam
 the sum would cancel where the mean is large.
 """
 
+# Triton's language is not Python to a type checker, and Triton may be absent.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

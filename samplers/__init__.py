@@ -30,6 +30,7 @@ from . import (  # noqa: F401  registers the families
 from .executor import NumericalError, Stepper
 from .noise import BrownianNoise, NoiseSource, WhiteNoise
 from .pfgm import PoissonNoise, pfgm_prior
+from .philox import PhiloxNoise
 from .program import Combine, Evaluate, Noise, Program
 from .registry import Declaration, Solver, compile, parse, solver, solvers, steps_for, transform, transforms
 from .teleport import Gaussian
@@ -46,6 +47,7 @@ __all__ = [
     "Noise",
     "NoiseSource",
     "NumericalError",
+    "PhiloxNoise",
     "PoissonNoise",
     "Program",
     "Solver",

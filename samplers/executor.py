@@ -7,10 +7,12 @@ import math
 
 import torch
 
+from ..kernels import backend
 from ..schedules import Node
-from .kernels import write
+from .kernels import Draw, write
 from .noise import NoiseSource
 from .passes import Pass
+from .philox import PhiloxNoise
 from .program import Evaluate, Program
 
 
@@ -118,24 +120,28 @@ class Stepper:
         self._advance(following, x)
         self.evaluations += 1
         if following.evaluate is None:
-            if self._sums:
-                self._look_back()
+            # The host may not wait while a graph is captured.
+            if self._sums and not torch.cuda.is_current_stream_capturing():
+                self.look_back()
             return registers[self.program.output]
         return registers[following.evaluate.src]
 
     def _advance(self, following: Pass, like: torch.Tensor) -> None:
         """Execute up to the next evaluation. ``like`` is the state that was evaluated."""
         registers = self._registers
-        if following.draws:
+        nodes, drawn = self.program.nodes, None
+        for draw in following.draws:
             assert self.noise is not None
-            nodes = self.program.nodes
-            for draw in following.draws:
-                registers[draw.dst] = self.noise(like, nodes[draw.start], nodes[draw.stop])
-        write(following, registers)
+            start, stop = nodes[draw.start], nodes[draw.stop]
+            if isinstance(self.noise, PhiloxNoise) and following.lone_draw and backend(like) == "triton":
+                drawn = Draw(draw.dst, self.noise.keys(like), self.noise.key(start, stop))
+            else:
+                registers[draw.dst] = self.noise(like, start, stop)
+        write(following, registers, drawn)
         for dst, src in following.aliases:
             registers[dst] = registers[src]
         for register in following.releases:
-            del registers[register]
+            registers.pop(register, None)  # noise that a kernel computed is in none
 
     def _look(self, prediction: torch.Tensor) -> None:
         # One reduction: a sum with NaN or infinity in it is not finite either. A finite one may overflow.
@@ -146,7 +152,10 @@ class Stepper:
         elif not math.isfinite(total.item()) and not torch.isfinite(prediction).all():
             self._fail(self.evaluations, self.x)
 
-    def _look_back(self) -> None:
+    def look_back(self) -> None:
+        """Look for NaN and infinity in all predictions so far; a captured loop does so when it has run."""
+        if not self._sums:
+            return
         finite = torch.isfinite(torch.stack(self._sums)).tolist()
         if not all(finite):
             self._fail(finite.index(False), None)

@@ -49,6 +49,13 @@ class Pass:
     releases: tuple[int, ...]
     evaluate: Evaluate | None
 
+    @property
+    def lone_draw(self) -> bool:
+        """Whether the one noise drawn is used in this pass only, so that a kernel may compute it on the way."""
+        if len(self.draws) != 1 or self.draws[0].dst not in self.releases:
+            return False
+        return all(src != self.draws[0].dst for _, src in self.aliases)
+
 
 def passes(program: Program) -> tuple[Pass, ...]:
     """The pass before the first evaluation and the one after each."""

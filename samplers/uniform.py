@@ -1,8 +1,8 @@
 """A program whose steps are all the same operation, told apart by a counter: for compiled and captured loops.
 
-A step takes the state, what the solver remembers and a prediction, and gives the next state and memory: one combination,
-whose coefficients stand in a table with one entry a step. Nothing in it depends on the number of the step but the entry,
-so torch.compile compiles one step and a CUDA graph of one step can be replayed for all.
+A step takes the state, what the solver remembers and a prediction, and gives the next state and memory: one
+combination, whose coefficients stand in a table with one entry a step. Nothing in it depends on the number of the step
+but the entry, so torch.compile compiles one step and a CUDA graph of one step can be replayed for all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class UniformSteps:
         if program.stochastic:
             raise ValueError(f"solver {program.solver!r} draws noise, so its steps are not one operation")
         first, *rest = program.passes
-        if first.sums or first.evaluate is None:
+        evaluate = first.evaluate
+        if first.sums or evaluate is None:
             raise ValueError(
                 f"solver {program.solver!r} changes the state before its first evaluation; scale x beforehand"
             )
@@ -44,7 +45,8 @@ class UniformSteps:
         width = 1 + program.history
         rows = []
         for item in rest:
-            current = first.evaluate.dst
+            assert evaluate is not None
+            current = evaluate.dst
             columns = places | {current: width}
             forms = dict(zip(item.outputs, (dict(zip(item.inputs, row)) for row in item.rows)))
             state = program.output if item.evaluate is None else item.evaluate.src
@@ -57,9 +59,7 @@ class UniformSteps:
                 for src, coef in values[register].items():
                     entry[place][columns[src]] += coef
             rows.append(entry)
-            first = item
-            if item.evaluate is None:
-                break
+            evaluate = item.evaluate
         self.width = width
         self.table = table(rows, device)
         self.times = torch.tensor([n.t for n in program.evaluations], dtype=torch.float32, device=device)
