@@ -55,15 +55,15 @@ MODELS = {"digits-unet": None, "digits-unet@3": 3.0, "digits-exact": None, "gmm"
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 LENGTHS = (10, 16, 24)
 MODES = {
-    "h2/s2": "extrapolate:h2/s2",
-    "h2/s3": "extrapolate:h2/s3",
-    "h3/s3": "extrapolate:h3/s3",
-    "h4/s4": "extrapolate:h4/s4",
-    "h2/s2 sigma-aware": "extrapolate:h2/s2,sigma_aware=true",
-    "h2/s2 denoised": "extrapolate:h2/s2,variable=denoised",
-    "h2/s2 learning": "extrapolate:h2/s2,learning=true",
-    "adaptive 0.1": "extrapolate:adaptive",
-    "adaptive 0.02": "extrapolate:adaptive,tolerance=0.02",
+    "h2/s2": "extrapolate:h2/s2,variable=epsilon",
+    "h2/s3": "extrapolate:h2/s3,variable=epsilon",
+    "h3/s3": "extrapolate:h3/s3,variable=epsilon",
+    "h4/s4": "extrapolate:h4/s4,variable=epsilon",
+    "h2/s2 sigma-aware": "extrapolate:h2/s2,sigma_aware=true,variable=epsilon",
+    "h2/s2 denoised": "extrapolate:h2/s2",
+    "h2/s2 learning": "extrapolate:h2/s2,learning=true,variable=epsilon",
+    "adaptive 0.1": "extrapolate:adaptive,variable=epsilon",
+    "adaptive 0.02": "extrapolate:adaptive,tolerance=0.02,variable=epsilon",
 }
 Cell = dict[str, Any]
 

@@ -39,10 +39,10 @@ class _History:
 class Extrapolate(Method):
     """Extrapolation of predictions at run time: on some steps earlier ones are continued and no network runs.
 
-    What is continued is ``e = x_0 - x / alpha = -k eps`` (``variable=epsilon``, k = sigma / alpha) or x_0 itself
-    (``denoised``), by the polynomial through the newest N real values: ``2 e_0 - e_1``, ``3 e_0 - 3 e_1 + e_2``, ``4
-    e_0 - 6 e_1 + 4 e_2 - e_3``; with ``sigma_aware`` it is one in k and not in the number of the step. All stages of
-    a skipped step use the same value.
+    What is continued is x_0 (``variable=denoised``), or, as FSampler does, ``e = x_0 - x / alpha = -k eps``
+    (``epsilon``, k = sigma / alpha), by the polynomial through the newest N real values: ``2 e_0 - e_1``, ``3 e_0 -
+    3 e_1 + e_2``, ``4 e_0 - 6 e_1 + 4 e_2 - e_3``; with ``sigma_aware`` it is one in k and not in the number of the
+    step. All stages of a skipped step use the same value.
 
     ``pattern``: ``hN/sK`` skips one step after every K (N = 2, 3, 4; N <= K <= 6; ``hN`` alone is ``hN/sN``);
     ``adaptive`` skips where the states after a step with h3 and with h2 differ by at most ``tolerance`` of the state
@@ -67,7 +67,7 @@ class Extrapolate(Method):
     pattern: str = "h2/s2"
     _: KW_ONLY
     branch: Literal["all", "unconditional"] = "all"
-    variable: Literal["epsilon", "denoised"] = "epsilon"
+    variable: Literal["epsilon", "denoised"] = "denoised"
     sigma_aware: bool = False
     protect_first: Annotated[int, Range(0)] = 2
     protect_last: Annotated[int, Range(0)] = 2
@@ -97,7 +97,7 @@ class Extrapolate(Method):
         elif self.indices:
             raise ValueError(f"{_OWNER} takes indices or pattern=adaptive, not both")
         if self.gradient and self.variable == "denoised":
-            raise ValueError(f"{_OWNER} with gradient needs variable=epsilon, whose slope it is")
+            raise ValueError(f"{_OWNER} with gradient=true needs variable=epsilon, whose slope it is")
 
     @property
     def slots(self) -> frozenset[str]:

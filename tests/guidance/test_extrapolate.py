@@ -144,17 +144,17 @@ def test_validators_ask_the_network_instead():
 
     sigmas = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 0.0]
     options = {"sigmas": sigmas, "solver": "euler"}
-    extrapolate = Extrapolate("h2", indices=(2,), protect_last=0)
+    extrapolate = Extrapolate("h2", variable="epsilon", indices=(2,), protect_last=0)
     fs.sample(fs.Denoiser(network, EDM(), "denoised"), X, guidance=extrapolate, **options)
     assert len(calls) == 7
     calls.clear()
-    loose = Extrapolate("h2", indices=(2,), protect_last=0, validate=False)
+    loose = Extrapolate("h2", variable="epsilon", indices=(2,), protect_last=0, validate=False)
     fs.sample(fs.Denoiser(network, EDM(), "denoised"), X, guidance=loose, **options)
     assert len(calls) == 6
 
 
 def test_samples_do_not_see_each_other_by_default():
-    guidance = Extrapolate("h2/s2", learning=True, gradient=True)
+    guidance = Extrapolate("h2/s2", variable="epsilon", learning=True, gradient=True)
     together = fs.sample(two_gaussians(), X, "ddim", steps=12, guidance=guidance)
     alone = fs.sample(two_gaussians(), X[1:2], "ddim", steps=12, guidance=guidance)
     torch.testing.assert_close(together[1:2], alone)
