@@ -40,13 +40,14 @@ def skip(
 ) -> Linear:
     """Epsilon extrapolation: after every K steps with the network one on predictions continued from before.
 
-    ``pattern=hN/sK`` (N = 2, 3, 4; N <= K <= 6; ``hN`` alone is ``hN/sN``) continues the polynomial through the N
-    newest real predictions: ``2 e_0 - e_1``, ``3 e_0 - 3 e_1 + e_2``, ``4 e_0 - 6 e_1 + 4 e_2 - e_3``, fewer where
-    there are fewer. e is x_0 itself for ``variable=denoised``, ``x_0 - x / alpha = -k eps`` for ``epsilon``, as in
-    FSampler, which loses to fewer steps with multistep solvers (docs/guidance-measured.md); with ``sigma_aware`` the polynomial is one in k = sigma / alpha and not in the number of the step. The first
+    ``pattern=hN/sK`` (N = 2, 3, 4; N <= K <= 6; ``hN`` alone is ``hN/sN``) continues the polynomial through the
+    N newest real predictions: ``2 e_0 - e_1``, ``3 e_0 - 3 e_1 + e_2``, ``4 e_0 - 6 e_1 + 4 e_2 - e_3``, fewer
+    where there are fewer. e is x_0 itself for ``variable=denoised``, ``x_0 - x / alpha = -k eps`` for
+    ``epsilon``, as in FSampler, which loses to fewer steps with multistep solvers (docs/guidance-measured.md);
+    with ``sigma_aware`` the polynomial is one in k = sigma / alpha and not in the number of the step. The first
     ``protect_first`` and the last ``protect_last`` steps are never skipped. ``indices`` names the steps to skip
-    instead (the first two never are; two real steps must lie before the first skip and between two runs of skips).
-    All stages of a skipped step use the same e, which is first order.
+    instead (the first two never are; two real steps must lie before the first skip and between two runs of
+    skips). All stages of a skipped step use the same e, which is first order.
     """
     order, interval = parse_pattern(pattern, _OWNER)
     if indices:
