@@ -44,7 +44,8 @@ def source_of(target: Target, guidance: float | str | None = None, batch: int = 
         denoiser = target.denoiser(indices)
         return denoiser if guidance is None else parse_guidance(guidance).bind(denoiser)
 
-    return Source(bind, lambda indices: target.noise(indices, 0), target.noise_schedule, batch)
+    noise_schedule, dtype = target.noise_schedule, target.model.dtype
+    return Source(bind, lambda indices: target.noise(indices, 0), noise_schedule, batch, dtype)
 
 
 def check(

@@ -20,7 +20,7 @@ from fewstep.samplers import NumericalError
 from fewstep.schedules import VP, conversion, make_grid
 from fewstep.tuning import Family, Recipe, Source, error, gauss_newton, load, ridge, solve, table_of, tune
 from fewstep.tuning.fit import predictor
-from fewstep.tuning.grids import free_start
+from fewstep.tuning.grids import free_start, starting_grids
 from fewstep.tuning.refine import attempt, fitted
 from fewstep.tuning.table import run, unit
 
@@ -154,10 +154,11 @@ def test_refinement_improves_what_it_is_given(problem):
 
 def test_tuning_beats_everything_fixed_and_repeats_itself(problem):
     chosen, source, truth, fresh = problem
-    outcome = tune(source, 6, truth, refine=False)
+    grids = starting_grids(source, truth, 6, ["arctan", "karras", "leading", "search:gits"])
+    outcome = tune(source, 6, truth, grids=grids)
     assert outcome.kind == "fitted" and outcome.held_out < 0.8 * outcome.fixed
     assert error(outcome.table, source, fresh) < outcome.fixed
-    assert tune(source, 6, truth, refine=False).table == outcome.table
+    assert tune(source, 6, truth, grids=grids).table == outcome.table
 
 
 def test_a_fit_that_is_not_better_is_not_taken():
@@ -172,7 +173,7 @@ def test_a_fit_that_is_not_better_is_not_taken():
         lambda i: fs.Denoiser(network, model.noise_schedule, "denoised"), model.noise, model.noise_schedule
     )
     truth = solve(source, range(8), 40)
-    outcome = tune(source, 4, truth)
+    outcome = tune(source, 4, truth, grids=starting_grids(source, truth, 4, ["arctan", "karras"]))
     assert outcome.kind == "fixed" and outcome.held_out == outcome.fixed < 1e-9
 
 
@@ -188,7 +189,10 @@ def test_a_failing_model_is_told():
     ("options", "words"),
     [
         ({"nfe": 0}, "--nfe must be at least 1, got 0"),
-        ({"trajectories": 4}, "--trajectories: 4 trajectories are too few for a fit; take at least 8, better 32"),
+        (
+            {"trajectories": 4},
+            "--trajectories: 4 trajectories are too few for a fit; take at least 8, better 32",
+        ),
         ({"nfe": 50}, "--teacher-steps must be at least four times the evaluations, 200, got 160"),
         ({"guidance": 2.0}, "has no unconditional network"),
         ({"method": "closed"}, "no method 'closed'.*did you mean 'closed-form'"),
@@ -285,6 +289,7 @@ def test_the_command_line_tunes(tmp_path, capsys):
         "40",
     ]
     out = tmp_path / "recipe.json"
+    arguments += ["--schedule", "arctan", "--schedule", "search:gits"]
     assert main([*arguments, "--method", "closed-form", "--test", "8", "-o", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (
