@@ -1,10 +1,12 @@
 """Tuned recipes against every diffusers scheduler with its best spacing in each cell, on noise that no fit has seen.
 
-    python benchmarks/tuning.py [--samples 64] [--models gmm digits-exact ...] [--nfe 4 5 ...] [--out FILE]
+    python benchmarks/tuning.py [--samples 64] [--models gmm digits-exact ...] [--nfe 4 5 ...] [--figure docs/tuning.png]
 
 For every embedded model and number of evaluations ``fewstep tune`` runs with its defaults (32 trajectories); the figure
-is the RMS distance per element to the converged solution from the same noise. ``NAME@W`` is guidance of scale W. Cells
-are written as they are done; those that the file holds already are not repeated.
+is the RMS distance per element to the converged solution from the same noise. ``NAME@W`` is guidance of scale W. Where
+the model has a feature network, the Frechet distances of recipe and best peer to the real images are measured on
+``--frechet`` samples, with the interval of their paired difference. Cells are written as they are done; those that the
+file holds already are not repeated, and with ``--again`` only the search for their best peer is not.
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ import platform
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from quality import best_peer, rms
+from quality import best_peer, rms, run_peer, spacings
 
 import fewstep as fs
-from fewstep.eval.targets import load_target
+from fewstep.eval.metrics import Moments, frechet_interval, jackknife, to_uint8
+from fewstep.eval.models import EvalModel
+from fewstep.eval.targets import Target, load_target
 from fewstep.eval.tuning import fit
+from fewstep.tuning import Recipe
 
 MODELS = ["gmm", "gmm:noise=edm", "gmm:noise=flow", "digits-exact", "digits-unet", "digits-unet@3"]
 NFES = [4, 5, 6, 8, 10]
+BATCH = 100
 
 
 def main() -> None:
@@ -34,58 +41,133 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--frechet", type=int, default=500)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--nfe", nargs="+", type=int, default=NFES)
+    parser.add_argument("--again", action="store_true", help="Fit cells again that are in the file.")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Begin no cell after this time.")
+    parser.add_argument(
+        "--figure", type=Path, help="Draw the cells that are in the file, and do nothing else."
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tuning.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else []
-    done = {(c["model"], c["nfe"], c["samples"]) for c in cells}
-    indices = list(range(args.samples))
+    if args.figure:
+        return draw(cells, args.figure)
+    began = time.monotonic()
     for name in args.models:
         spec, _, scale = name.partition("@")
         w, target = (float(scale) if scale else None), load_target(f"builtin:{spec}")
-        model = target.model
-        x = model.noise(indices) * float(
-            model.noise_schedule.alpha_sigma_at(model.noise_schedule.level_max)[1]
-        )
-
-        def sample(**how) -> torch.Tensor:
-            return fs.sample(model.denoiser(indices), x, guidance=w, **how)  # noqa: B023
-
-        truth = sample(solver="unipc:order=3,lower_order_final=false", steps=300)
+        truth = None
         for nfe in args.nfe:
-            if (name, nfe, args.samples) in done:
+            known = next(
+                (c for c in cells if (c["model"], c["nfe"], c["samples"]) == (name, nfe, args.samples)), None
+            )
+            if (known and not args.again) or time.monotonic() - began > 60 * args.minutes:
                 continue
-            best, peers = best_peer(model, indices, w, nfe, truth)
-            began = time.perf_counter()
-            recipe = fit(target, nfe, guidance=w)
-            seconds = time.perf_counter() - began
-            error = rms(sample(recipe=recipe), truth)
-            cells.append(
-                {
-                    "model": name,
-                    "nfe": nfe,
-                    "samples": args.samples,
-                    "recipe": error,
-                    "method": recipe.method,
-                    "errors": dict(recipe.errors),
-                    "default": rms(sample(steps=nfe), truth),
-                    "best_peer": peers[best],
-                    "peer": best,
-                    "peers": len(peers),
-                    "ratio": error / peers[best],
-                    "seconds": round(seconds, 1),
-                }
-            )
-            print(
-                f"{name} NFE {nfe}: {error:.4f} ({recipe.method}, {seconds:.0f} s), best of {len(peers)} peers "
-                f"{peers[best]:.4f} ({best}), ratio {error / peers[best]:.2f}",
-                flush=True,
-            )
+            indices = list(range(args.samples))
+            if truth is None:
+                truth = sampled(
+                    target.model, indices, w, solver="unipc:order=3,lower_order_final=false", steps=300
+                )
+            cell = measured(target, name, nfe, w, truth, args.frechet, known)
+            cells = [c for c in cells if c is not known] + [cell]
+            cells.sort(key=lambda c: (MODELS.index(c["model"]) if c["model"] in MODELS else 99, c["nfe"]))
             write(args.out, cells)
     print(f"geometric mean of {len(cells)} cells: {mean(cells):.3f}")
+
+
+def sampled(
+    model: EvalModel, indices: list[int], w: float | None, recipe: Recipe | None = None, **how: Any
+) -> torch.Tensor:
+    """Samples from the noise of their indices: of a recipe, or of what ``fs.sample`` is told."""
+    schedule = model.noise_schedule
+    top = float(schedule.alpha_sigma_at(schedule.level_max)[1])
+    start = top if recipe is None else recipe.grid(schedule)[0].sigma
+    return fs.sample(
+        model.denoiser(indices),
+        start * model.noise(indices),
+        guidance=w,
+        **(how if recipe is None else {"recipe": recipe}),
+    )
+
+
+def measured(
+    target: Target,
+    name: str,
+    nfe: int,
+    w: float | None,
+    truth: torch.Tensor,
+    frechet: int,
+    known: dict | None,
+) -> dict[str, Any]:
+    """One cell."""
+    model, indices = target.model, list(range(len(truth)))
+    if known:
+        peer, distance, count = known["peer"], known["best_peer"], known["peers"]
+    else:
+        peer, peers = best_peer(model, indices, w, nfe, truth)
+        distance, count = peers[peer], len(peers)
+    began, cpu = time.perf_counter(), time.process_time()
+    recipe = fit(target, nfe, guidance=w)
+    assert recipe is not None
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    apart = (sampled(model, indices, w, recipe) - truth).flatten(1).square().mean(1).sqrt()
+    error = float(apart.square().mean().sqrt())
+    cell = {
+        "model": name,
+        "nfe": nfe,
+        "samples": len(truth),
+        "recipe": error,
+        "median": float(apart.median()),
+        "method": recipe.method,
+        "errors": dict(recipe.errors),
+        "default": rms(sampled(model, indices, w, steps=nfe), truth),
+        "best_peer": distance,
+        "peer": peer,
+        "peers": count,
+        "ratio": error / distance,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+    }
+    if target.features is not None and frechet:
+        cell["frechet"] = distances(target, recipe, peer, nfe, w, frechet)
+    print(
+        f"{name} NFE {nfe}: {error:.4f} (median {cell['median']:.4f}; {recipe.method}, {seconds:.0f} s, {cpu:.0f} s of "
+        f"processor), best of {count} peers {distance:.4f} ({peer}), ratio {error / distance:.2f} {cell.get('frechet', '')}",
+        flush=True,
+    )
+    return cell
+
+
+def distances(
+    target: Target, recipe: Recipe, peer: str, nfe: int, w: float | None, count: int
+) -> dict[str, Any]:
+    """Frechet distances to the real images of the recipe and the peer, and of their paired difference the interval."""
+    assert target.features is not None
+    model = target.model
+    reference = Moments.of(target.features(target.features.reference_images())[0])
+    named = {
+        f"{cls.replace('Scheduler', '')} {label}": (cls, config)
+        for cls, label, config in spacings(model.noise_schedule.frame)
+    }
+    parts: dict[str, list[torch.Tensor]] = {"recipe": [], "peer": []}
+    for first in range(0, count, BATCH):
+        indices = list(range(first, min(first + BATCH, count)))
+        parts["recipe"].append(sampled(model, indices, w, recipe))
+        parts["peer"].append(run_peer(*named[peer], model, indices, w, nfe))
+    found = {
+        who: jackknife(target.features(to_uint8(torch.cat(some).numpy()))[0], reference)
+        for who, some in parts.items()
+    }
+    difference = frechet_interval(found["recipe"], found["peer"])
+    return {
+        "samples": count,
+        **{who: round(value.value, 3) for who, value in found.items()},
+        "difference": [round(float(v), 3) for v in (difference.value, difference.low, difference.high)],
+    }
 
 
 def mean(cells: list[dict]) -> float:
@@ -98,6 +180,45 @@ def write(out: Path, cells: list[dict]) -> None:
     rows = ",\n  ".join(json.dumps(c) for c in cells)
     head = json.dumps({"geometric_mean": mean(cells), "machine": machine, **versions})[:-1]
     out.write_text(f'{head},\n "cells": [\n  {rows}\n ]}}\n')
+
+
+def draw(cells: list[dict], file: Path) -> None:
+    """Error over evaluations, a panel a model: best peer, the library's default, the recipe."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = [m for m in MODELS if any(c["model"] == m for c in cells)]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.6), sharex=True, layout="constrained")
+    lines = {
+        "best_peer": ("best diffusers scheduler of the cell", "#888888", "o"),
+        "default": ("fewstep without tuning", "#4477aa", "s"),
+        "recipe": ("recipe", "#cc3311", "D"),
+    }
+    for axis, name in zip(axes.flat, names):
+        mine = [c for c in cells if c["model"] == name]
+        for key, (label, colour, marker) in lines.items():
+            axis.plot(
+                [c["nfe"] for c in mine],
+                [c[key] for c in mine],
+                color=colour,
+                marker=marker,
+                ms=4,
+                label=label,
+            )
+        axis.set_yscale("log")
+        axis.set_title(name.replace("@", ", guidance "), fontsize=10)
+        axis.set_xticks(NFES)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("network evaluations")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("distance to converged")
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

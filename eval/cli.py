@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from ..schedules.spacing import DEFAULT
+from .tune_command import tune
 
 app = typer.Typer(
     name="fewstep",
@@ -110,6 +111,14 @@ def evaluate(
             "on each. See: fewstep list schedules."
         ),
     ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="File of fewstep tune: one more row, at its number of evaluations. Repeatable.",
+        ),
+    ] = None,
     guidance: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,6 +183,7 @@ def evaluate(
         solvers=split_specs(solvers) if solvers else DEFAULT_SOLVERS,
         nfe=None if nfe is None else split_numbers(nfe, int, "--nfe"),
         schedules=tuple(dict.fromkeys(schedule or ["auto"])),
+        recipes=tuple(dict.fromkeys(recipe or ())),
         guidance=split_specs(guidance) if guidance else None,
         samples=samples,
         seed=seed,
@@ -248,94 +258,18 @@ def compare(
         console.print(comparison_tables(panel))
 
 
-@app.command()
-def tune(
-    nfe: Annotated[int, typer.Option(help="Network evaluations of a sample.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe file to write.")],
-    model: Annotated[
-        str, typer.Option(help="builtin:NAME, module:callable returning a Denoiser, or a diffusers pipeline.")
-    ] = "builtin:digits-unet",
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; none without.")] = None,
-    trajectories: Annotated[int, typer.Option(help="Converged trajectories the fit sees.")] = 32,
-    teacher_steps: Annotated[int, typer.Option(help="Evaluations of each of them.")] = 160,
-    seed: Annotated[int, typer.Option(help="Another seed takes other noise.")] = 0,
-    memory: Annotated[int, typer.Option(help="Predictions that a step combines.")] = 4,
-    refine: Annotated[
-        bool, typer.Option("--refine/--no-refine", help="Refine levels and weights together.")
-    ] = True,
-    test: Annotated[int, typer.Option(help="Fresh samples the recipe is measured on; 0 for none.")] = 64,
-    batch: Annotated[int, typer.Option(help="Most samples in a network call.")] = 64,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder for solved trajectories; next to the recipe if not given."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Fit a few-step sampler to a model: levels and coefficients from converged trajectories, without training.
-
-    What is fitted is judged by cross-validation against every method without tuning; if none is better, the recipe is
-    the best of these and says so. Interrupted, it goes on from the trajectories that are solved.
-    """
-    from rich.progress import Progress
-
-    from .targets import load_target
-    from .tuning import check, fit
-
-    check(nfe, trajectories, teacher_steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, highlight=False)
-    with Progress(console=console, transient=True) as progress:
-        solving = progress.add_task("converged trajectories", total=trajectories)
-        trying = progress.add_task("fitting", total=None)
-
-        def say(what: str, error: float) -> None:
-            progress.update(trying, description=f"{what}: {error:.4g}")
-
-        recipe = fit(
-            load_target(model).to(device),
-            nfe,
-            guidance=guidance,
-            trajectories=trajectories,
-            teacher_steps=teacher_steps,
-            seed=seed,
-            memory=memory,
-            refine=refine,
-            test=test,
-            batch=batch,
-            cache=cache or out.parent / ".fewstep-trajectories",
-            solved=lambda n: progress.advance(solving, n),
-            say=say,
-        )
-    recipe.save(out)
-    if as_json:
-        _print_json(recipe.to_dict())
-        return
-    show = Console(highlight=False)
-    show.print(f"[bold]{recipe.method}[/bold], {recipe.nfe} evaluations of {recipe.model}")
-    words = {
-        "fixed": "best without tuning, same trajectories",
-        "held_out": "this recipe, cross-validated",
-        "train": "this recipe, on all trajectories",
-        "test": f"this recipe, {test} fresh samples",
-    }
-    for name, label in words.items():
-        if name in recipe.errors:
-            show.print(f"  {recipe.errors[name]:.5f}  {label}")
-    if recipe.kind == "fixed":
-        show.print("  no fit was better than the best method without tuning: the recipe is that method")
-    show.print(f"[bold]recipe[/bold]  {out}", soft_wrap=True)
+app.command("tune")(tune)
 
 
 @app.command("list")
 def list_(
     what: Annotated[
         str | None,
-        typer.Argument(help="solvers, schedules, models, metrics or guidance; all of them without."),
+        typer.Argument(help="solvers, schedules, models, metrics, recipes or guidance; all of them without."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List solvers, schedules, models, metrics and guidance methods."""
+    """List solvers, schedules, models, metrics, guidance methods, and the recipes in this folder."""
     from ..schedules.spec import suggestion
     from .listing import LISTS
     from .table import listing

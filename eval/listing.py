@@ -112,6 +112,13 @@ def guidance() -> Rows:
     ]
 
 
+def recipes() -> Rows:
+    """Recipe files in the current folder and below."""
+    from .recipes import listed
+
+    return listed()
+
+
 LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
     "solvers": (
         solvers,
@@ -139,6 +146,18 @@ LISTS: dict[str, tuple[Callable[[], Rows], tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "metrics": (metrics, (("name", "metric"), ("unit", "unit"), ("better", "better"), ("summary", ""))),
+    "recipes": (
+        recipes,
+        (
+            ("file", "recipe"),
+            ("model", "model"),
+            ("nfe", "NFE"),
+            ("guidance", "guidance"),
+            ("error", "error"),
+            ("fixed", "without tuning"),
+            ("method", ""),
+        ),
+    ),
     "guidance": (
         guidance,
         (

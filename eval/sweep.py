@@ -16,7 +16,8 @@ from typing import Any
 from ..samplers import Solver, compile, parse
 from ..schedules import NoiseSchedule, TimeGrid, make_grid, schedule
 from ..schedules.spacing import DEFAULT
-from . import guiding, reference
+from ..tuning import Recipe
+from . import guiding, recipes, reference
 from .guiding import Choice
 from .metrics import rank_deficient
 from .store import Chunk, chunks, digest
@@ -46,6 +47,7 @@ class Config:
     solvers: tuple[str, ...] = DEFAULT_SOLVERS
     nfe: tuple[int, ...] | None = None
     schedules: tuple[str, ...] = (AUTO_SCHEDULE,)
+    recipes: tuple[str, ...] = ()
     guidance: tuple[float | str, ...] | None = None
     samples: int | None = None
     seed: int = 0
@@ -56,13 +58,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a solver on a spacing."""
+    """One line of a table: a solver on a spacing, or the content of a recipe's file."""
 
     solver: str
     schedule: str
     label: str
     order: int
     stochastic: bool
+    recipe: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
             raise ValueError(f"an NFE budget must be at least 1, got {budget}")
     solvers = list({s.spec: s for s in map(parse, config.solvers)}.values())
     spacings = [resolve_schedule(s) for s in config.schedules]
+    tuned = recipes.named(config.recipes)
     _check_device(config.device)
     panels: list[Panel] = []
     milliseconds: dict[str, float] = {}
@@ -208,10 +212,11 @@ def expand(config: Config, load: Callable[[str], Target] = load_target) -> Plan:
     if wanted and not any(target.guidable for target in targets):
         names = ", ".join(target.name for target in targets)
         raise ValueError(f"guidance {wanted[0]} needs an unconditional network; {names} has none")
+    recipes.check(tuned, targets)
     for target in targets:
         milliseconds[target.name] = target.to(config.device).probe(config.chunk)
         for guidance in _choices(config, target):
-            panels.append(_panel(config, target, guidance, solvers, spacings))
+            panels.append(_panel(config, target, guidance, solvers, spacings, tuned))
     _refuse_impossible(panels)
     return Plan(config, tuple(panels), milliseconds)
 
@@ -243,10 +248,17 @@ def _check_device(device: str) -> None:
 
 
 def _panel(
-    config: Config, target: Target, guidance: Choice, solvers: Sequence[Solver], spacings: Sequence[str]
+    config: Config,
+    target: Target,
+    guidance: Choice,
+    solvers: Sequence[Solver],
+    spacings: Sequence[str],
+    tuned: Mapping[str, Recipe],
 ) -> Panel:
     cost = guiding.cost(guidance)
-    budgets = tuple(sorted(config.nfe or (cost * n for n in DEFAULT_NFE)))
+    tuned = {name: recipe for name, recipe in tuned.items() if recipes.fits(recipe, target)}
+    steps_wanted = {*DEFAULT_NFE, *(recipe.nfe for recipe in tuned.values())}
+    budgets = tuple(sorted(config.nfe or (cost * n for n in steps_wanted)))
     samples = config.samples or target.samples
     base = {
         "model": target.fingerprint,
@@ -272,7 +284,22 @@ def _panel(
                 program = compile(chosen, make_grid(target.noise_schedule, steps[budget], spacing))
                 content = {**base, "program": fingerprint(program.to_json()), "reference": truth.key}
                 cells.append(Cell(len(rows) - 1, budget, digest(content), steps[budget], most[budget]))
+    for name, recipe in tuned.items():
+        rows.append(Row(name, "its own", name, 0, guiding.noisy(guidance), recipe.to_dict()))
+        program = compile(recipe.solver, recipe.grid(target.noise_schedule)).to_json()
+        key = digest({**base, "program": fingerprint(program), "reference": truth.key})
+        why = f"{name} spends {cost * recipe.nfe} evaluations"
+        for budget in budgets:
+            meets = budget == cost * recipe.nfe
+            cells.append(
+                Cell(len(rows) - 1, budget, key, recipe.nfe, budget)
+                if meets
+                else Cell(len(rows) - 1, budget, message=why)
+            )
     warnings = [w for w in [target.features and rank_deficient(samples, target.features.dimension)] if w]
+    warnings += [
+        w for name, recipe in tuned.items() for w in recipes.warnings(name, recipe, target, guidance)
+    ]
     name = target.name.removeprefix("builtin:")
     return Panel(
         id=_panel_id(name, guidance),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -167,18 +167,14 @@ class Target:
 
 
 def load_target(name: str) -> Target:
-    """The model that a name means: ``builtin:NAME``, ``module:callable``, or a diffusers pipeline (folder or Hub id)
-    where ``fewstep.hosts.pipelines`` is there to load it. ValueError saying what is allowed.
+    """The model that a name means: ``builtin:NAME``, ``module:callable``, or a diffusers pipeline (folder or Hub id).
+
+    ValueError saying what is allowed.
     """
-    if ":" not in name and name not in MODELS:
-        try:
-            pipelines = importlib.import_module("..hosts.pipelines", __package__)
-        except ModuleNotFoundError:
-            raise ValueError(
-                f"no model {name!r}: a model is builtin:NAME ({', '.join(MODELS)}) or module:callable; a diffusers "
-                "folder or Hub id needs fewstep.hosts.pipelines, which this version does not have"
-            ) from None
-        return Target(pipelines.load_model(name))
+    if (":" not in name and name not in MODELS) or Path(name).is_dir():
+        from .pipelines import load_model as load_pipeline
+
+        return Target(load_pipeline(name))
     return Target(load_model(name))
 
 

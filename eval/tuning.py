@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .. import __version__
 from ..guidance import Predictor
 from ..guidance import parse as parse_guidance
-from ..tuning import Recipe, Source, error, schedule_digest, solve, tune
+from ..schedules.spec import suggestion
+from ..tuning import Recipe, Source, Trajectories, error, fit_cascade, from_spectrum, schedule_digest, solve
+from ..tuning.grids import CHEAP, SPACINGS, check_names, grid_of, starting_grids
 from ..tuning.recipe import finite
+from ..tuning.strategies import STRATEGIES
 from ..tuning.teacher import SOLVER, SPACING
-from ..tuning.tune import FEWEST, Say, seeds
+from ..tuning.tune import Say, check_trajectories, seeds
+from .launched import Group
 from .store import digest
 from .targets import Target
 
 TEACHER_STEPS, TEST_STEPS = 160, 240
+SEARCH_BUDGET = 100_000.0
+"""Evaluations of single samples that the search for a solver may spend."""
 
 
-def source_of(target: Target, guidance: float | None = None, batch: int = 64) -> Source:
-    """A model as a fit sees it, with guidance of a scale if it has an unconditional network."""
+def source_of(target: Target, guidance: float | str | None = None, batch: int = 64) -> Source:
+    """A model as a fit sees it, under a guidance (a scale, or the text of methods) if one is given.
+
+    Raises ValueError for guidance that needs an unconditional network where there is none.
+    """
     if guidance is not None and not target.guidable:
         raise ValueError(
             f"model {target.name} has no unconditional network: it cannot be tuned with guidance"
@@ -29,63 +44,106 @@ def source_of(target: Target, guidance: float | None = None, batch: int = 64) ->
         denoiser = target.denoiser(indices)
         return denoiser if guidance is None else parse_guidance(guidance).bind(denoiser)
 
-    return Source(bind, lambda indices: target.noise(indices, 0), target.noise_schedule, batch)
+    noise_schedule, dtype = target.noise_schedule, target.model.dtype
+    return Source(bind, lambda indices: target.noise(indices, 0), noise_schedule, batch, dtype)
 
 
-def check(nfe: int, trajectories: int, teacher_steps: int) -> None:
-    """Raise ValueError for numbers that cannot be used, before the network is called."""
+def check(
+    nfe: int,
+    trajectories: int,
+    teacher_steps: int,
+    method: str = "fit",
+    schedules: Sequence[str] = (),
+    budget: float = SEARCH_BUDGET,
+) -> None:
+    """Raise ValueError for what cannot be used, before the network is called."""
     if nfe < 1:
         raise ValueError(f"--nfe must be at least 1, got {nfe}")
-    if trajectories < FEWEST:
-        raise ValueError(f"--trajectories must be at least {FEWEST}, better 32, got {trajectories}")
+    try:
+        check_trajectories(trajectories)
+    except ValueError as problem:
+        raise ValueError(f"--trajectories: {problem}") from None
     if teacher_steps < 4 * nfe:
         raise ValueError(
             f"--teacher-steps must be at least four times the evaluations, {4 * nfe}, got {teacher_steps}"
         )
+    if method not in STRATEGIES:
+        raise ValueError(
+            f"no method {method!r}; allowed: {', '.join(STRATEGIES)}{suggestion(method, STRATEGIES)}"
+        )
+    if not budget > 0:
+        raise ValueError(f"--budget must be positive, got {budget:g}")
+    check_names(schedules)
 
 
 def fit(
     target: Target,
     nfe: int,
     *,
-    guidance: float | None = None,
+    method: str = "fit",
+    guidance: float | str | None = None,
     trajectories: int = 32,
     teacher_steps: int = TEACHER_STEPS,
+    schedules: Sequence[str] = (),
+    eigenvalues: np.ndarray | None = None,
     seed: int = 0,
     memory: int = 4,
-    refine: bool = True,
+    budget: float = SEARCH_BUDGET,
+    seconds: float = math.inf,
     test: int = 0,
     batch: int = 64,
     cache: Path | None = None,
+    group: Group = Group(),  # noqa: B008
     solved: Callable[[int], None] = lambda n: None,
     say: Say = lambda what, error: None,
-) -> Recipe:
-    """A recipe for a model at one number of evaluations.
+) -> Recipe | None:
+    """A recipe for a model at one number of evaluations; None on the ranks above 0 of a launcher.
 
     Args:
         target: the model.
         nfe: evaluations, each counted once.
-        guidance: scale, None for none.
+        method: one of ``STRATEGIES``.
+        guidance: scale or text, None for none.
         trajectories: how many converged ones the fit sees.
         teacher_steps: evaluations of each of them.
+        schedules: spacings and searches whose grids are tried; many spacings and the cheap searches if not given.
+        eigenvalues: the data's covariance spectrum, from which one more grid is computed.
         seed: another seed takes other noise.
         memory: how many predictions a step combines.
-        refine: whether levels and weights are refined together.
+        budget, seconds: what the search for a solver may spend.
         test: fresh samples on which the finished recipe is measured as well; 0 for none.
         batch: most samples in a network call.
         cache: folder of solved trajectories; what is there is not solved again.
+        group: the processes that share the trajectories (through the cache).
         solved, say: told about progress.
 
     Raises:
-        ValueError: numbers that cannot be used, guidance without an unconditional network.
+        ValueError: what cannot be used, guidance without an unconditional network.
         NumericalError: the network is not finite on the way of a converged trajectory.
     """
-    check(nfe, trajectories, teacher_steps)
+    check(nfe, trajectories, teacher_steps, method, schedules, budget)
     source = source_of(target, guidance, batch)
     key = digest([target.fingerprint, guidance, SOLVER, SPACING])[:16]
     chosen = list(seeds(trajectories, seed))
-    truth = solve(source, chosen, teacher_steps, cache=cache, key=key, advance=solved)
-    outcome = tune(source, nfe, truth, memory=memory, refine=refine, say=say)
+    truth = solve_together(source, chosen, teacher_steps, cache, key, group, solved)
+    if truth is None:
+        return None
+    names = schedules or ((*SPACINGS, *CHEAP) if eigenvalues is None else SPACINGS)
+    grids = starting_grids(source, truth, nfe, names)
+    if eigenvalues is not None:
+        levels = from_spectrum(source.noise_schedule, nfe, eigenvalues)
+        grids["spectrum"] = grid_of(source.noise_schedule, levels)
+    outcome = STRATEGIES[method](
+        source,
+        nfe,
+        truth,
+        grids=grids,
+        memory=memory,
+        budget=budget,
+        seconds=seconds,
+        seed=seed,
+        say=say,
+    )
     errors = {"train": outcome.train, "held_out": outcome.held_out, "fixed": outcome.fixed}
     if test:
         fresh = solve(source, range(test), TEST_STEPS, cache=cache, key=key)
@@ -105,5 +163,76 @@ def fit(
         teacher=f"{SOLVER} on {SPACING}, {teacher_steps} steps",
         seeds=tuple(chosen),
         errors={k: finite(v) for k, v in errors.items()},
+        ratios=outcome.ratios,
         fewstep=__version__,
     )
+
+
+def solve_together(
+    source: Source,
+    indices: Sequence[int],
+    steps: int,
+    cache: Path | None,
+    key: str,
+    group: Group,
+    solved: Callable[[int], None],
+) -> Trajectories | None:
+    """The converged trajectories, each rank of a launcher solving its share into the cache; None above rank 0."""
+    if group.world > 1:
+        if cache is None:
+            raise ValueError("several processes share trajectories through a folder; give one with --cache")
+        share = math.ceil(len(indices) / group.world)
+        source = replace(source, batch=min(source.batch, share))
+        mine = indices[group.rank * share : (group.rank + 1) * share]
+        if mine:
+            solve(source, mine, steps, cache=cache, key=key)
+        group.wait()
+        if group.rank > 0:
+            return None
+    return solve(source, indices, steps, cache=cache, key=key, advance=solved)
+
+
+def cascade(
+    target: Target,
+    nfes: Sequence[int],
+    scales: Sequence[float],
+    say: Say = lambda what, error: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """DC-Solver's ratios in every cell, and the polynomial that predicts them at other evaluations and scales.
+
+    ``options`` are those of :func:`fit`. The result is what ``dc:cascade=FILE.json`` reads, with the cells.
+    """
+    cells = []
+    for w in scales:
+        for nfe in nfes:
+            recipe = fit(target, nfe, method="dc", guidance=w, say=say, **options)
+            assert recipe is not None
+            cells.append(
+                {
+                    "nfe": nfe,
+                    "guidance": w,
+                    "method": recipe.method,
+                    "ratios": list(recipe.ratios),
+                    "errors": dict(recipe.errors),
+                }
+            )
+    found = {(c["nfe"], c["guidance"]): c["ratios"] for c in cells if c["ratios"]}
+    return {
+        "cascade": list(fit_cascade(found)),
+        "model": target.name,
+        "fingerprint": target.fingerprint,
+        "cells": cells,
+    }
+
+
+def read_eigenvalues(file: Path) -> np.ndarray:
+    """The numbers of a ``.npy`` or JSON file, a covariance spectrum; ValueError for anything else."""
+    try:
+        values = np.load(file) if file.suffix == ".npy" else np.array(json.loads(file.read_text()), float)
+    except (ValueError, OSError) as problem:
+        raise ValueError(f"cannot read a spectrum from {str(file)!r}: {problem}") from None
+    values = np.ravel(values).astype(np.float64)
+    if not len(values) or not np.isfinite(values).all() or (values < 0).any() or not values.any():
+        raise ValueError(f"{str(file)!r}: a spectrum is a list of eigenvalues, none below 0 and not all 0")
+    return values

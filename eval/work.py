@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..hosts.library import sample
-from ..samplers import NumericalError
-from ..schedules import make_grid
+from ..samplers import NumericalError, Solver, compile
+from ..schedules import TimeGrid, make_grid
+from ..tuning import Recipe
 from .guiding import Choice, composite, cost, data_dependent
 from .metrics import rms_distance, to_uint8
 from .store import Chunk, Store
@@ -47,6 +49,7 @@ class Job:
     guidance: Choice
     most: int = 0
     stochastic: bool = False
+    recipe: dict[str, Any] | None = None
 
 
 def jobs(panel: Panel) -> list[Job]:
@@ -61,7 +64,15 @@ def jobs(panel: Panel) -> list[Job]:
         if cell.message is None and cell.key not in seen:  # two spacings may name one grid
             seen.add(cell.key)
             row = panel.rows[cell.row]
-            how = (row.solver, row.schedule, cell.steps, panel.guidance, cell.most, row.stochastic)
+            how = (
+                row.solver,
+                row.schedule,
+                cell.steps,
+                panel.guidance,
+                cell.most,
+                row.stochastic,
+                row.recipe,
+            )
             result.append(Job("cell", cell.key, *how))
     return result
 
@@ -123,16 +134,15 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     """
     indices = list(range(chunk.start, chunk.stop))
     seed = plan.config.seed
-    grid = make_grid(target.noise_schedule, job.steps, job.schedule)
+    chosen, grid = _solver_and_grid(job, target)
     start = grid[0].sigma * target.noise(indices, seed)
     denoiser = target.denoiser(indices)
     began, cpu = time.perf_counter(), time.process_time()
     samples = sample(
         denoiser,
         start,
-        job.solver,
-        job.steps,
-        job.schedule,
+        chosen,
+        sigmas=grid.level,
         guidance=job.guidance,
         seed=[seed + i for i in indices],
     )
@@ -142,7 +152,7 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     x = samples.cpu().numpy()
     if not np.isfinite(x).all():
         raise NumericalError(f"{job.solver}: the result is not finite", job.steps, 0.0, job.solver)
-    evaluations = _program_nfe(target, job)
+    evaluations = compile(chosen, grid).nfe
     expected = job.most or cost(job.guidance) * evaluations
     nfe = denoiser.nfe / len(indices)
     known = not composite(job.guidance) or (job.most and not data_dependent(job.guidance))
@@ -173,10 +183,11 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     store.save_chunk(job.key, chunk, arrays, info)
 
 
-def _program_nfe(target: Target, job: Job) -> int:
-    from ..samplers import compile
-
-    return compile(job.solver, make_grid(target.noise_schedule, job.steps, job.schedule)).nfe
+def _solver_and_grid(job: Job, target: Target) -> tuple[str | Solver, TimeGrid]:
+    if job.recipe is None:
+        return job.solver, make_grid(target.noise_schedule, job.steps, job.schedule)
+    recipe = Recipe.from_dict(job.recipe)
+    return recipe.solver, recipe.grid(target.noise_schedule)
 
 
 def _hash_bytes(images: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ FIRST = 3
 
 @transform(
     "dc",
-    order=lambda order, inner, **_: min(order, 1),
+    order=lambda inner_order, inner, /, **_: min(inner_order, 1),
     reference="DC-Solver: Improving Predictor-Corrector Diffusion Sampler via Dynamic Compensation, "
     "https://arxiv.org/abs/2409.03755",
 )

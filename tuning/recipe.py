@@ -19,6 +19,10 @@ from ..schedules import NoiseSchedule, TimeGrid
 from .table import Table
 
 FORMAT = 1
+SCHEMA = Path(__file__).with_name("recipe.schema.json")
+"""The JSON schema of a recipe file."""
+OPTIONAL = ("guidance", "teacher", "seeds", "errors", "ratios", "fewstep")
+"""Fields that a file may leave out."""
 Kind = Literal["fitted", "fixed"]
 
 
@@ -49,6 +53,7 @@ class Recipe:
         seeds: indices of the trajectories.
         errors: RMS distance per element to the converged solution: ``train`` on the trajectories, ``held_out`` by
             cross-validation, ``fixed`` of the best method without tuning on the same trajectories.
+        ratios: of dynamic compensation, if that was fitted: ``dc:file=`` takes the recipe's file.
     """
 
     nfe: int
@@ -65,6 +70,7 @@ class Recipe:
     teacher: str = ""
     seeds: tuple[int, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    ratios: tuple[float, ...] = ()
     fewstep: str = ""
     format: int = FORMAT
 
@@ -116,7 +122,7 @@ class Recipe:
             found = data.get("format") if isinstance(data, Mapping) else None
             raise ValueError(f"not a fewstep recipe of format {FORMAT}: its format is {found!r}")
         known = {f.name for f in fields(cls)}
-        required = {f.name for f in fields(cls)} - {"guidance", "teacher", "seeds", "errors", "fewstep"}
+        required = {f.name for f in fields(cls)} - set(OPTIONAL)
         if wrong := (set(data) - known) | (required - set(data)):
             raise ValueError(f"not a fewstep recipe: missing or unknown {', '.join(sorted(wrong))}")
         try:
@@ -127,6 +133,7 @@ class Recipe:
                     "levels": tuple(map(float, data["levels"])),
                     "rows": tuple(tuple(map(float, row)) for row in data["rows"]),
                     "seeds": tuple(map(int, data.get("seeds", ()))),
+                    "ratios": tuple(map(float, data.get("ratios", ()))),
                 }
             )
         except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..samplers.registry import Declaration
 from ..samplers.unipc import unipc_step
 from ..schedules import NoiseSchedule, TimeGrid
 from .fit import error
-from .grids import SPACINGS, grid_of, named
+from .grids import SPACINGS, grid_of, starting_grids
 from .table import Table, angle, levels_at, table_of
 from .teacher import Source, Trajectories
 
@@ -108,6 +108,7 @@ def search_solver(
     truth: Trajectories,
     nfe: int,
     *,
+    grids: Mapping[str, TimeGrid] | None = None,
     evaluations: float = 100_000,
     seconds: float = math.inf,
     seed: int = 0,
@@ -115,9 +116,9 @@ def search_solver(
 ) -> Table:
     """The best design of ``nfe`` evaluations that was found before the budget was spent.
 
-    Starts from methods made by hand on named grids. ``evaluations`` are those of single samples (a guided one counts
-    once); ``seconds`` end the search as well, and then its result depends on the machine. Raises ValueError for a
-    budget that does not allow one design, and a model on which none works.
+    Starts from methods made by hand on ``grids`` (the spacings, if not given). ``evaluations`` are those of single
+    samples (a guided one counts once); ``seconds`` end the search as well, and then its result depends on the machine.
+    Raises ValueError for a budget that does not allow one design, and a model on which none works.
     """
     budget, rng = Budget(evaluations, seconds), np.random.default_rng(seed)
     few = truth.subset(range(min(FEW, len(truth.indices))))
@@ -133,7 +134,8 @@ def search_solver(
             into[design] = math.inf
         budget.spent += nfe * len(on.indices)
 
-    population = _by_hand(source.noise_schedule, nfe)
+    grids = starting_grids(source, truth, nfe, SPACINGS) if grids is None else grids
+    population = _by_hand(grids.values(), nfe)
     while budget.left:
         for design in population:
             run(design, few, rough)
@@ -156,7 +158,7 @@ def search_solver(
     return min(exact, key=exact.__getitem__).table(source.noise_schedule)
 
 
-def _by_hand(noise_schedule: NoiseSchedule, nfe: int) -> list[Design]:
+def _by_hand(grids: Iterable[TimeGrid], nfe: int) -> list[Design]:
     """Familiar methods on all grids: orders 2 and 3, with and without corrector, and in noise."""
     kinds = [
         Choice(2, "denoised", False),
@@ -166,7 +168,7 @@ def _by_hand(noise_schedule: NoiseSchedule, nfe: int) -> list[Design]:
     ]
     return [
         Design(tuple(angle(node) for node in list(grid)[:-1]), (kind,) * nfe)
-        for grid in named(noise_schedule, nfe, SPACINGS).values()
+        for grid in grids
         for kind in kinds
     ]
 

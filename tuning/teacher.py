@@ -40,12 +40,14 @@ class Source:
         noise: sample indices -> unit start noise (B, ...).
         noise_schedule: of the model.
         batch: most samples that go through the network at once.
+        dtype: in which the network takes states; None for that of the run, float64 on the CPU.
     """
 
     bind: Callable[[Sequence[int]], Predictor]
     noise: Callable[[Sequence[int]], torch.Tensor]
     noise_schedule: NoiseSchedule
     batch: int = 64
+    dtype: torch.dtype | None = None
 
     def predict(self, indices: Sequence[int], z: torch.Tensor, node: Node) -> torch.Tensor:
         """Denoised predictions for states in the frame z, in the dtype of z; a multiple of the samples may be given.
@@ -59,7 +61,8 @@ class Source:
                 predictor = self.bind(rows[i : i + self.batch])
                 x = unit(node) * z[i : i + self.batch]
                 c_x, c_m = conversion(predictor.prediction, "denoised", node)
-                parts.append((c_x * x + c_m * predictor(x, node)).to(z.dtype))
+                answer = predictor(x if self.dtype is None else x.to(self.dtype), node)
+                parts.append(c_x * x + c_m * answer.to(z.dtype))
         prediction = torch.cat(parts)
         if not torch.isfinite(prediction).all():
             raise NumericalError(

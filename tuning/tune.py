@@ -12,7 +12,7 @@ import torch
 from ..samplers import NumericalError
 from ..schedules import TimeGrid
 from .fit import distances, error, ridge, rms
-from .grids import free_start, named
+from .grids import free_start, starting_grids
 from .recipe import Kind
 from .refine import Family, Fitted, attempt, fitted, gauss_newton, newton
 from .table import Table, table_of
@@ -41,7 +41,11 @@ Say = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A table and how it was come by; errors are RMS distances per element to the converged solution."""
+    """A table and how it was come by; errors are RMS distances per element to the converged solution.
+
+    ``fixed`` is the error of the best method without tuning, ``held_out`` that of the table on trajectories which its
+    fit has not seen. ``ratios`` are those of dynamic compensation, if that is what was fitted.
+    """
 
     table: Table
     kind: Kind
@@ -49,6 +53,7 @@ class Outcome:
     train: float
     held_out: float
     fixed: float
+    ratios: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,12 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """What candidates are ranked by: a mean, in which one stray sample counts less than in an RMS."""
-        return float(self.strayed.mean())
+        """What candidates are ranked by: the geometric mean of both, each a mean over samples.
+
+        In a mean one stray sample counts less than in an RMS; and of two that end equally near, the one that is nearer
+        on the way has fewer of them on other noise.
+        """
+        return math.sqrt(float(self.held_out.mean()) * float(self.strayed.mean()))
 
 
 def tune(
@@ -77,12 +86,12 @@ def tune(
     grids: Mapping[str, TimeGrid] | None = None,
     memory: int = 4,
     refine: bool = True,
-    keep: int = 2,
+    keep: int = 1,
     say: Say = lambda what, error: None,
 ) -> Outcome:
     """The best table for ``nfe`` evaluations.
 
-    1. Methods without tuning run on every grid (``grids``, by name; those of ``SPACINGS`` if not given); the best of
+    1. Methods without tuning run on every grid (``grids``, by name; :func:`starting_grids` if not given); the best of
        these is the fixed choice (:func:`best_fixed`).
     2. On every grid weights are fitted in closed form, and the best are judged by cross-validation
        (:func:`closed_forms`).
@@ -95,7 +104,7 @@ def tune(
     if nfe < 1:
         raise ValueError(f"the number of evaluations must be at least 1, got {nfe}")
     check_trajectories(len(truth.indices))
-    grids = named(source.noise_schedule, nfe) if grids is None else grids
+    grids = starting_grids(source, truth, nfe) if grids is None else grids
     method, table, fixed = best_fixed(source, truth, grids, say)
     candidates = closed_forms(source, truth, grids, memory, say)
     if refine:
@@ -144,7 +153,8 @@ def closed_forms(
     for name, grid in grids.items():
         try:
             table = ridge(table_of(SOLVERS[0], grid), source, truth, memory=memory, strength=STRENGTHS[0])
-            trained[name] = float(distances(table, source, truth)[1].mean())
+            apart, strayed = distances(table, source, truth)
+            trained[name] = math.sqrt(float(apart.mean()) * float(strayed.mean()))
         except NumericalError:
             continue
         say(f"closed form on {name}", trained[name])

@@ -105,7 +105,7 @@ def test_numbers_are_read_or_named() -> None:
         ({"solvers": ("unipc:ordr=3",)}, "did you mean 'order'"),
         ({"schedules": ("karass",)}, "did you mean 'karras'"),
         ({"models": ("builtin:digit-exact",)}, "did you mean 'digits-exact'"),
-        ({"models": ("some/pipeline",)}, "fewstep.hosts.pipelines"),
+        ({"models": ("some/pipeline",)}, "or a diffusers folder or Hub id"),
         (
             {"solvers": ("heun", "euler"), "nfe": (4, 6)},
             "heun cannot spend exactly 4 or 6 evaluations; nearest budgets: 3, 5, 7",

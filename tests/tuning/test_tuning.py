@@ -19,7 +19,9 @@ from fewstep.hosts.k_diffusion import recipe_sampler
 from fewstep.samplers import NumericalError
 from fewstep.schedules import VP, conversion, make_grid
 from fewstep.tuning import Family, Recipe, Source, error, gauss_newton, load, ridge, solve, table_of, tune
-from fewstep.tuning.fit import _derivative, predictor
+from fewstep.tuning.fit import predictor
+from fewstep.tuning.grids import free_start, starting_grids
+from fewstep.tuning.refine import attempt, fitted
 from fewstep.tuning.table import run, unit
 
 MODELS = ["gmm", "gmm:noise=edm", "gmm:noise=flow"]
@@ -38,7 +40,7 @@ def problem(request):
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return fit(target(), 5, trajectories=16, teacher_steps=60, refine=False)
+    return cast(Recipe, fit(target(), 5, trajectories=16, teacher_steps=60, schedules=["arctan"]))
 
 
 @pytest.mark.parametrize(
@@ -111,45 +113,52 @@ def test_strong_regularisation_is_the_nominal_method(problem):
         np.testing.assert_allclose(row[: len(other)], other, atol=1e-6)
 
 
-def test_the_derivative_is_that_of_the_result(problem):
+def family_of(source: Source, steps: int, memory: int) -> Family:
+    grid = make_grid(source.noise_schedule, steps, "arctan")
+    return Family("dpmpp_2m", grid, memory, free_start(source.noise_schedule))
+
+
+def test_the_slopes_are_those_of_the_losses(problem):
     """Pushed states against a change of each parameter in turn."""
-    chosen, source, truth, _ = problem
-    grid = make_grid(chosen.noise_schedule, 4, "arctan")
-    family = Family("dpmpp_2m", grid, 3)
-    start = family.start(ridge(table_of("dpmpp_2m", grid), source, truth), source, truth)
-    states, predictions = run(family.table(start), grid, truth.start, predictor(source, truth))
-    found = _derivative(family, start, states, predictions, source, truth)
+    _, source, truth, _ = problem
+    family = family_of(source, 4, 3)
+    start = family.start(ridge(table_of("dpmpp_2m", family.grid), source, truth), source, truth)
+    found = fitted(family, attempt(family, start, source, truth), source, truth)
     for q in range(family.size):
-        ends = []
-        for sign in (1, -1):
-            moved = start.copy()
-            moved[q] += sign * 1e-4
-            ends.append(
-                run(family.table(moved), family.moved(moved), truth.start, predictor(source, truth))[0][-1]
-            )
-        expected = ((ends[0] - ends[1]) / 2e-4).flatten().numpy()
+        moved = start.copy()
+        moved[q] -= 2e-4  # a first level cannot move up from the noisiest
+        middle = start.copy()
+        middle[q] -= 1e-4
+        ends = [attempt(family, p, source, truth).losses for p in (start, middle, moved)]
+        expected = (3 * ends[0] - 4 * ends[1] + ends[2]) / 2e-4 / 2
         scale = max(np.abs(expected).max(), 1e-3)
-        assert np.median(np.abs(found[:, q] - expected)) < 0.02 * scale
+        assert np.median(np.abs(found.slopes[:, q] - expected)) < 0.02 * scale
+    assert np.allclose(found.curvatures, found.curvatures.transpose(0, 2, 1))
+    assert np.linalg.eigvalsh(found.curvatures).min() > -1e-9
 
 
 def test_refinement_improves_what_it_is_given(problem):
-    chosen, source, truth, _ = problem
-    grid = make_grid(chosen.noise_schedule, 5, "arctan")
-    family = Family("dpmpp_2m", grid, 4)
-    before = ridge(table_of("dpmpp_2m", grid), source, truth)
+    _, source, truth, fresh = problem
+    family = family_of(source, 5, 4)
+    before = ridge(table_of("dpmpp_2m", family.grid), source, truth)
     start = family.start(before, source, truth)
     assert error(family.table(start), source, truth) == pytest.approx(error(before, source, truth), rel=1e-9)
-    after = family.table(gauss_newton(family, start, source, truth, prior=1e-6, iterations=5))
-    assert error(after, source, truth) < 0.7 * error(before, source, truth)
-    assert after.levels[0] == before.levels[0] and after.levels[-1] == 0.0
+    at = fitted(family, attempt(family, start, source, truth), source, truth)
+    refined = gauss_newton(family, at, source, truth, prior=1e-4)
+    after = family.table(refined.run.parameters)
+    assert refined.run.losses.mean() < 0.5 * at.run.losses.mean()
+    assert error(after, source, fresh) < error(before, source, fresh)
+    assert after.levels[0] <= source.top and after.levels[-1] == 0.0
+    assert free_start(source.noise_schedule) or after.levels[0] == source.top
 
 
 def test_tuning_beats_everything_fixed_and_repeats_itself(problem):
     chosen, source, truth, fresh = problem
-    outcome = tune(source, 6, truth, refine=False)
+    grids = starting_grids(source, truth, 6, ["arctan", "karras", "leading", "search:gits"])
+    outcome = tune(source, 6, truth, grids=grids)
     assert outcome.kind == "fitted" and outcome.held_out < 0.8 * outcome.fixed
     assert error(outcome.table, source, fresh) < outcome.fixed
-    assert tune(source, 6, truth, refine=False).table == outcome.table
+    assert tune(source, 6, truth, grids=grids).table == outcome.table
 
 
 def test_a_fit_that_is_not_better_is_not_taken():
@@ -164,7 +173,7 @@ def test_a_fit_that_is_not_better_is_not_taken():
         lambda i: fs.Denoiser(network, model.noise_schedule, "denoised"), model.noise, model.noise_schedule
     )
     truth = solve(source, range(8), 40)
-    outcome = tune(source, 4, truth)
+    outcome = tune(source, 4, truth, grids=starting_grids(source, truth, 4, ["arctan", "karras"]))
     assert outcome.kind == "fixed" and outcome.held_out == outcome.fixed < 1e-9
 
 
@@ -180,9 +189,16 @@ def test_a_failing_model_is_told():
     ("options", "words"),
     [
         ({"nfe": 0}, "--nfe must be at least 1, got 0"),
-        ({"trajectories": 4}, "--trajectories must be at least 8, better 32, got 4"),
+        (
+            {"trajectories": 4},
+            "--trajectories: 4 trajectories are too few for a fit; take at least 8, better 32",
+        ),
         ({"nfe": 50}, "--teacher-steps must be at least four times the evaluations, 200, got 160"),
         ({"guidance": 2.0}, "has no unconditional network"),
+        ({"method": "closed"}, "no method 'closed'.*did you mean 'closed-form'"),
+        ({"schedules": ["karas"]}, "no schedule 'karas'.*did you mean 'karras'"),
+        ({"schedules": ["search:git"]}, "no search 'git'.*did you mean 'gits'"),
+        ({"method": "search", "budget": 0.0}, "--budget must be positive, got 0"),
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused(options, words):
@@ -273,7 +289,8 @@ def test_the_command_line_tunes(tmp_path, capsys):
         "40",
     ]
     out = tmp_path / "recipe.json"
-    assert main([*arguments, "--no-refine", "--test", "8", "-o", str(out), "--json"]) == 0
+    arguments += ["--schedule", "arctan", "--schedule", "search:gits"]
+    assert main([*arguments, "--method", "closed-form", "--test", "8", "-o", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (
         printed == json.loads(out.read_text()) and printed["errors"]["held_out"] < printed["errors"]["fixed"]
