@@ -47,8 +47,9 @@ _READ = (
     "sigma_schedule",
     "rho",
 )
-# Keys of other schedulers, kept in our config unseen, that tell how their class counts timesteps.
+# Keys of other schedulers, kept in our config unseen, that tell how their class counts timesteps or the model's family.
 _HIDDEN = (
+    "interpolation_type",
     "solver_order",
     "predictor_order",
     "set_alpha_to_one",

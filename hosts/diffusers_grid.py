@@ -12,6 +12,7 @@ import numpy as np
 
 from ..samplers import Solver, parse, steps_for
 from ..schedules import TimeGrid, make_grid
+from ..schedules.align_your_steps import family
 from ..schedules.diffusers_config import Source, source_of
 from ..schedules.diffusers_levels import (
     consistency_levels,
@@ -157,12 +158,20 @@ def _levels(
     if schedule is not None and sigmas is None:
         # The strength of LCM's image to image: the last n of so many steps.
         whole = round(n / request.strength)
-        levels = make_grid(source.noise_schedule, whole, schedule).level[-1 - n : -1]
+        levels = make_grid(source.noise_schedule, whole, _named(schedule, source, config)).level[-1 - n : -1]
         return (stretched(config, levels) if source.noise_schedule.frame == "flow" else levels), 0.0, None
     if sigmas is not None and len(sigmas) > 1 and sigmas[-1] == 0.0 and sigmas[0] != 0.0:
         sigmas, n = sigmas[:-1], n - 1
     levels = native_levels(config, source, n, sigmas=sigmas, strength=request.strength)
     return levels, final_level(config, source, levels), told
+
+
+def _named(schedule: str, source: Source, config: Mapping[str, Any]) -> str:
+    """The schedule; ``ays`` of the family that the config tells, as SDXL has the noise schedule of its ancestors."""
+    if schedule not in ("ays", "align_your_steps", "AlignYourStepsScheduler"):
+        return schedule
+    known = family(source.noise_schedule, config)
+    return schedule if known is None else f"ays:model={known}"
 
 
 def _by_angle(request: Request, n: int) -> tuple[Request, int]:

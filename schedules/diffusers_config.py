@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .beta_distribution import beta_quantile
 from .grid import Node
 from .noise import EDM, VP, Array, Flow, NoiseSchedule, Table, Trigonometric
 from .parametrization import Prediction, conversion

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .beta_distribution import beta_quantile
 from .diffusers_config import Config, Source, discrete, get
 from .noise import Array, Flow, Trigonometric
-from .spacing import beta_quantile
 from .spec import suggestion
 
 _SPACINGS = ("linspace", "leading", "trailing")

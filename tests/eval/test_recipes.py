@@ -121,9 +121,7 @@ def test_other_models_are_warned_about_or_refused_with_the_remedy(recipe, tmp_pa
         and "fitted with cfg:3 and is used with none" in words
     )
     assert 5 in plan.panels[0].budgets
-    with pytest.raises(
-        ValueError, match="that is not the one of builtin:gmm:noise=edm; fit one"
-    ):
+    with pytest.raises(ValueError, match="that is not the one of builtin:gmm:noise=edm; fit one"):
         expand(Config(models=("builtin:gmm:noise=edm",), recipes=(str(file),), samples=4))
     with pytest.raises(ValueError, match="cannot read the recipe 'nowhere.json'"):
         expand(Config(models=("builtin:gmm",), recipes=("nowhere.json",)))

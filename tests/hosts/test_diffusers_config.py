@@ -85,6 +85,21 @@ FLOW_SOURCES = [
 ]
 
 
+def test_align_your_steps_of_the_family_that_the_config_tells() -> None:
+    """SDXL has the noise schedule of its ancestors, but is shipped with other settings."""
+    shared = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    xl = shared | {"timestep_spacing": "leading", "interpolation_type": "linear"}
+    for config, family in ((shared, "sd15"), (xl, "sdxl")):
+        native = diffusers.EulerDiscreteScheduler.from_config(config)
+        chosen, named = (
+            FewStepScheduler.from_config(native.config, schedule=s) for s in ("ays", f"ays:model={family}")
+        )
+        for scheduler in (chosen, named):
+            scheduler.set_timesteps(10)
+        assert torch.equal(chosen.sigmas, named.sigmas)
+        assert chosen.sigmas[1] == pytest.approx({"sd15": 6.475, "sdxl": 6.315}[family])
+
+
 @pytest.mark.parametrize(("name", "options"), FLOW_SOURCES)
 def test_a_flow_config_stays_one(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """From memory, where a config does not name its class, and from a file; through our own file too."""

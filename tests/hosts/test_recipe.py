@@ -20,7 +20,9 @@ BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "predi
 
 @pytest.fixture(scope="module")
 def recipe():
-    return fit(load_target("builtin:gmm"), 5, trajectories=12, teacher_steps=40, schedules=["arctan:sigma_max=8"])
+    return fit(
+        load_target("builtin:gmm"), 5, trajectories=12, teacher_steps=40, schedules=["arctan:sigma_max=8"]
+    )
 
 
 def scheduler(recipe, **betas) -> FewStepScheduler:
