@@ -33,7 +33,7 @@ class Arguments:
     @classmethod
     def bind(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """What a module was called with; TypeError for positional arguments beyond its signature."""
-        names = _parameters(original_class(unwrapped(module)))
+        names = parameters_of(original_class(unwrapped(module)))
         if len(args) > len(names):
             raise TypeError(
                 f"{type(module).__name__} takes {len(names)} positional arguments, got {len(args)}"
@@ -89,7 +89,8 @@ def is_compiled(module: Any) -> bool:
 
 
 @functools.cache
-def _parameters(cls: type) -> tuple[str, ...]:
+def parameters_of(cls: type) -> tuple[str, ...]:
+    """The names of what a class of modules can be called with, in order."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 

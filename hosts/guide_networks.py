@@ -17,7 +17,7 @@ from .guide_clock import Clock
 from .guide_layouts import Layout
 from .guide_noise import SampleNoise
 from .guide_outputs import Template, tensors_of
-from .guide_weak import disturbed, weak_prediction
+from .guide_weak import counted_attention, disturbed, weak_prediction
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ class Networks:
                 arguments = self._with_state(arguments, torch.cat(parts))
             if labels is not None:
                 arguments = self._conditioned(arguments, labels, sum(selection.lengths))
-            outputs = self.run(replace(call, arguments=arguments), labels)
+            with counted_attention(call.module, self.session.guidance):
+                outputs = self.run(replace(call, arguments=arguments), labels)
             return [dict(zip(selection.names, output.split(selection.lengths))) for output in outputs]
 
     def evaluate(

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..guidance import PAG, SEG, SLG, STG, Guidance, smooth_queries
 from ..schedules import Node
-from .guide_arguments import Arguments, unwrapped
+from .guide_arguments import Arguments, parameters_of, unwrapped
 from .guide_classes import original_class
 from .guide_outputs import tensors_of
 
 DISTURBED = ("pag", "seg", "slg", "stg")
 """Branches that a pipeline's own network gives."""
 _BLOCKS = ("transformer_blocks", "blocks", "layers", "single_transformer_blocks")
+_layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _SKIPPED: ContextVar[frozenset[int]] = ContextVar("fewstep_skipped_blocks", default=frozenset())
 
 
@@ -47,7 +48,7 @@ def disturbed(module: Any, guidance: Guidance, branch: str, shape: torch.Size) -
         finally:
             _SKIPPED.reset(token)
     elif isinstance(m, (PAG, SEG)):
-        with Attention(m, _middle(_self_attentions(module)) if not m.layers else m.layers, shape) as mode:
+        with Attention(m, m.layers or _middle(_layers.get(module, 0)), shape) as mode:
             yield
         if not mode.used:
             raise ValueError(
@@ -59,9 +60,12 @@ def disturbed(module: Any, guidance: Guidance, branch: str, shape: torch.Size) -
 
 
 class Attention(TorchFunctionMode):
-    """Self-attention of some layers with its values as results (PAG), or with blurred queries (SEG)."""
+    """Self-attention of some layers with its values as results (PAG), or with blurred queries (SEG).
 
-    def __init__(self, method: PAG | SEG, layers: tuple[int, ...], shape: torch.Size) -> None:
+    ``index`` counts the layers of a call, ``used`` says that one of the chosen ones was met.
+    """
+
+    def __init__(self, method: PAG | SEG | None, layers: tuple[int, ...], shape: torch.Size) -> None:
         super().__init__()
         self.method, self.layers, self.shape = method, layers, shape
         self.index = 0
@@ -94,14 +98,16 @@ class Attention(TorchFunctionMode):
         return smooth_queries(query, rows, max(tokens // max(rows, 1), 1), self.method.blur)  # type: ignore[union-attr]
 
 
-def _self_attentions(module: Any) -> int:
-    """How many self-attention layers a network has."""
-    found = 0
-    for part in unwrapped(module).modules():
-        if hasattr(part, "set_processor") and hasattr(part, "to_q"):
-            cross = getattr(part, "is_cross_attention", None)
-            found += not (cross if cross is not None else getattr(part, "cross_attention_dim", None))
-    return found
+@contextmanager
+def counted_attention(module: Any, guidance: Guidance) -> Iterator[None]:
+    """Inside, a plain call of the module; its layers of self-attention are counted where a method has to choose."""
+    choosing = any(isinstance(m, (PAG, SEG)) and not m.layers for m in guidance.methods)
+    if not choosing or module in _layers:
+        yield
+        return
+    with Attention(None, (), torch.Size()) as mode:
+        yield
+    _layers[module] = mode.index
 
 
 def _middle(count: int) -> tuple[int, ...]:
@@ -133,13 +139,13 @@ _TEXT_FIRST = ("Joint", "Flux", "QwenImage", "Chroma", "Bria")
 
 def block_call(block: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call of a block that may be skipped: its inputs then are what it returns, in the order of an earlier call."""
-    bound = Arguments.bind(block, args, kwargs)
-    values = bound.values
+    names = parameters_of(original_class(block))
+    values = {**dict(zip(names, args)), **kwargs}
     if id(block) in _SKIPPED.get():
         form = _forms[block]
         return values[form[0]] if len(form) == 1 else tuple(values.get(name) for name in form)
     output = original(*args, **kwargs)
-    _forms[block] = _form(block, output, values, bound.names[0])
+    _forms[block] = _form(block, output, values, names[0])
     return output
 
 
