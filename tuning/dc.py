@@ -85,7 +85,7 @@ class _Recorder(Rebuilding):
         ] = []  # a step: the predicted state, then the corrected one if there is one
 
     def rebuild(self, step: Step, corrected: bool) -> Linear:
-        forms = {form for _, form in step.weights}
+        forms: set[Prediction] = {form for _, form in step.weights}
         if len(step.base.terms) != 1 or len(forms) != 1:
             raise ValueError(f"{self.name} needs steps that combine one state and one kind of prediction")
         (state,) = step.base.terms.values()

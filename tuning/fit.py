@@ -45,7 +45,8 @@ def distances(table: Table, source: Source, truth: Trajectories) -> tuple[torch.
     try:
         states, _ = run(table, grid, truth.begin(grid[0]), predictor(source, truth))
     except NumericalError:
-        return (torch.full((len(truth.indices),), torch.inf),) * 2
+        lost = torch.full((len(truth.indices),), torch.inf)
+        return lost, lost
     return (states[-1] - truth.result).flatten(1).square().mean(1).sqrt(), losses(states, grid, truth)[
         1
     ].sqrt()

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..samplers import Evaluate, Linear, Solver, Trace, combination, compile, parse
 from ..samplers.registry import Declaration
@@ -135,6 +136,6 @@ def run(
     return states, predictions
 
 
-def levels_at(noise_schedule: NoiseSchedule, angles: Sequence[float]) -> np.ndarray:
+def levels_at(noise_schedule: NoiseSchedule, angles: ArrayLike) -> np.ndarray:
     """Noise levels at angles below pi / 2."""
     return np.asarray(noise_schedule.level_at_ratio(np.tan(np.asarray(angles))), dtype=np.float64)

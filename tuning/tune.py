@@ -70,12 +70,11 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """What candidates are ranked by: the geometric mean of both, each a mean over samples.
+        """What candidates are ranked by: the mean root of the loss, in which one stray sample counts less than in an RMS.
 
-        In a mean one stray sample counts less than in an RMS; and of two that end equally near, the one that is nearer
-        on the way has fewer of them on other noise.
+        Of two that end equally near, the one that is nearer on the way has fewer stray samples on other noise.
         """
-        return math.sqrt(float(self.held_out.mean()) * float(self.strayed.mean()))
+        return float(self.strayed.mean())
 
 
 def tune(
@@ -153,8 +152,7 @@ def closed_forms(
     for name, grid in grids.items():
         try:
             table = ridge(table_of(SOLVERS[0], grid), source, truth, memory=memory, strength=STRENGTHS[0])
-            apart, strayed = distances(table, source, truth)
-            trained[name] = math.sqrt(float(apart.mean()) * float(strayed.mean()))
+            trained[name] = float(distances(table, source, truth)[1].mean())
         except NumericalError:
             continue
         say(f"closed form on {name}", trained[name])

@@ -14,8 +14,9 @@ import torch
 import fewstep as fs
 from fewstep.eval import targets
 from fewstep.eval.cli import main
+from fewstep.eval.launched import Group
 from fewstep.eval.targets import load_target
-from fewstep.eval.tuning import fit, source_of
+from fewstep.eval.tuning import fit, solve_together, source_of
 from fewstep.samplers import NumericalError
 from fewstep.tuning import Recipe, Source, error, solve, table_of, tune
 from fewstep.tuning.grids import starting_grids
@@ -146,3 +147,22 @@ class _Bound(targets.Target):
 
     def denoiser(self, indices):
         return self._denoiser  # type: ignore[attr-defined]
+
+
+def test_processes_share_the_trajectories(tmp_path):
+    """Each rank of a launcher solves its part; rank 0 goes on with all of them, and they are those of one process."""
+
+    class Together:
+        def wait_for_everyone(self) -> None:
+            pass
+
+    source, indices = source_of(load_target("builtin:gmm")), range(50, 59)
+    parts = [
+        solve_together(source, indices, 20, tmp_path, "k", Group(rank, 2, Together()), lambda n: None)
+        for rank in (1, 0)
+    ]
+    assert parts[0] is None and parts[1] is not None and len(list(tmp_path.iterdir())) == 2
+    alone = solve(source, indices, 20)
+    torch.testing.assert_close(parts[1].states, alone.states, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="share trajectories through a folder"):
+        solve_together(source, indices, 20, None, "k", Group(1, 2, Together()), lambda n: None)
