@@ -6,8 +6,8 @@
 memory: ``clone()`` of one tensor with half of them, the last results kept. ``torch`` and ``native`` are the settings of
 FEWSTEP_KERNELS on the CPU, on CUDA it is ``triton``. A step is ``Stepper.step`` without the check for NaN, as the
 diffusers scheduler has it. Peers are diffusers' DPMSolverMultistepScheduler (order 2), UniPCMultistepScheduler (order
-3) and AdaptiveProjectedGuidance. All sides take turns, the smallest time of many is taken; one thread on the CPU. Memory
-is what a step allocates at its peak, in latents, outputs among them.
+3) and AdaptiveProjectedGuidance. All sides take turns, the smallest time of many is taken; one thread on the CPU.
+Memory is what a step allocates at its peak, in latents, outputs among them.
 """
 
 from __future__ import annotations
