@@ -1,13 +1,13 @@
 """A sampling step and its guidance against one pass over memory and against diffusers, in one run.
 
-    python benchmarks/kernels.py [--device cpu] [--repeats 60] [--shapes 1x16x128x128] [--dtypes float32 bfloat16]
+    python benchmarks/kernels.py [--device cpu] [--repeats 40] [--shapes 1x16x128x128] [--dtypes float32 bfloat16]
 
 ``pass`` is the time that it takes to read and write as many bytes as a steady step has inputs and outputs, to new
 memory: ``clone()`` of one tensor with half of them, the last results kept. ``torch`` and ``native`` are the settings of
-FEWSTEP_KERNELS on the CPU, on CUDA it is ``triton``. A step is ``Stepper.step`` without the check for NaN, as the diffusers
-scheduler has it. Peers are diffusers' DPMSolverMultistepScheduler (order 2), UniPCMultistepScheduler (order 3) and
-AdaptiveProjectedGuidance. All sides take turns, the smallest time of many is taken; one thread on the CPU. Memory is
-what a step allocates at its peak, in latents, outputs among them.
+FEWSTEP_KERNELS on the CPU, on CUDA it is ``triton``. A step is ``Stepper.step`` without the check for NaN, as the
+diffusers scheduler has it. Peers are diffusers' DPMSolverMultistepScheduler (order 2), UniPCMultistepScheduler (order
+3) and AdaptiveProjectedGuidance. All sides take turns, the smallest time of many is taken; one thread on the CPU.
+Memory is what a step allocates at its peak, in latents, outputs among them.
 """
 
 from __future__ import annotations

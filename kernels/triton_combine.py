@@ -141,7 +141,7 @@ def combine(
         if counter is None and rows == 1 and work == torch.float32 and coefs.device.type == "cpu":
             numbers = tuple(coefs.flatten().tolist())
         else:
-            table = coefs.to(device=first.device, dtype=work).contiguous()
+            table = coefs.to(first.device).contiguous()  # the kernel converts what it reads
     else:
         outs = len(coefs)
         if work == torch.float32:

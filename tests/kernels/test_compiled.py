@@ -77,7 +77,7 @@ def test_every_tensor_is_touched_once_and_16_bytes_at_a_time(element, wide, arch
 
 def test_variants_compile():
     """A table and a counter, numbers for each sample, strides, noise, float64, 64-bit offsets."""
-    table = {"table": "*fp32", "counter": "*i64", "coefs": ()}
+    table = {"table": "*fp64", "counter": "*i64", "coefs": ()}
     assert accesses(combine_ptx("bf16", **table))[0].count("ld.global.v4.b32") == 3
     assert combine_ptx("bf16", **table, ROWS=4, WIDE=True)
     assert combine_ptx("fp64", table="*fp64", coefs=(), ACC=tl.float64)

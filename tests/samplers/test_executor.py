@@ -151,14 +151,31 @@ def test_a_steady_step_takes_few_operators(spec, most):
     assert max(counts) <= most
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that reach the dispatcher."""
+@pytest.mark.parametrize("spec", ["euler", "dpmpp_2m", "unipc:order=3", "heun"])
+def test_a_step_allocates_its_outputs_and_nothing_else(spec):
+    program = fs.compile(spec, make_grid(VP.linear(), 10, "karras"), prediction="epsilon")
+    stepper, answer = Stepper(program, torch.randn(1, 4), check=False), torch.ones(1, 4)
+    for i in range(program.nfe):
+        with Operators() as seen:
+            stepper.step(answer)
+        assert len(seen.storages) == len(program.passes[i + 1].outputs)
 
-    count = 0
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that reach the dispatcher, and keeps what they return so that no memory is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self._kept = 0, []
+
+    @property
+    def storages(self):
+        return {t.untyped_storage().data_ptr() for t in self._kept}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
-        return func(*args, **(kwargs or {}))
+        self._kept.append(result := func(*args, **(kwargs or {})))
+        return result
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------
