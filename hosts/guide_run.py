@@ -215,9 +215,8 @@ class GuidedRun:
         scheduler = self.pipe.scheduler
         begin = begin_index(scheduler, self._first_timestep)
         count = len(scheduler.timesteps) - begin
-        told = self.pipe.__dict__.get("_num_timesteps")
-        if isinstance(told, int) and 0 < told < count:  # it stops early
-            count = told
+        if self.arguments.get("denoising_end"):  # what the pipeline says then; threads may share it
+            count = min(count, self.pipe.num_timesteps)
         clock = clock_of(scheduler, begin, count, self.layout.flow, self.arguments)
         alone = not self.layout.streams and not self.layout.flow and IMAGE not in self.layout.order
         run = replace(
