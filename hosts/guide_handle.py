@@ -139,10 +139,11 @@ class Handle:
         token = ACTIVE.set(run)
         try:
             result = original(*args, **kwargs)
+            run.close()
+            return result
         finally:
             ACTIVE.reset(token)
-        run.close()
-        return result
+            run.release()
 
     def _effective(self, guidance: Guidance | None, arguments: Mapping[str, Any]) -> Guidance:
         """The composition for a call: where it has no guidance, or no scale, the pipeline's own applies."""

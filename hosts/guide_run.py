@@ -78,6 +78,7 @@ class GuidedRun:
         self.step: Step | None = None
         self.controls: dict[int, Any] = {}
         self._finished: list[Session] = []
+        self._kept: tuple[int, list[Record]] = (0, [])
         self._refresh, self._scheduler = refresh, pipe.scheduler
         self._first_timestep: Any = None
         self._module: Any = None
@@ -88,11 +89,12 @@ class GuidedRun:
     @property
     def nfe(self) -> int:
         """Evaluations of the network so far, in those of one sample."""
-        return sum(s.nfe for s in (*self._finished, *self.sessions[:1]))
+        return self._kept[0] + sum(s.nfe for s in (*self._finished, *self.sessions[:1]))
 
     def trace(self) -> list[Record]:
         """What every evaluation did."""
-        return [record for s in (*self._finished, *self.sessions[:1]) for record in s.trace]
+        records = [record for s in (*self._finished, *self.sessions[:1]) for record in s.trace]
+        return [*self._kept[1], *records]
 
     def close(self) -> None:
         """The pipeline is done; GuidanceNotApplied if it has not used what it was given."""
@@ -101,6 +103,12 @@ class GuidedRun:
                 f"{type(self.pipe).__name__} has run without a call of its guided networks: there was nothing to guide"
             )
         self._verdict.settle()
+
+    def release(self) -> None:
+        """Keep the results, and let the tensors go."""
+        self._kept = self.nfe, self.trace()
+        self.sessions, self._finished, self.step = [], [], None
+        self.networks, self.controls, self.arguments = Networks(self.layout, self.noise, False), {}, {}
 
     # -- where the scheduler is called -------------------------------------------------------------------------------
 
@@ -207,9 +215,8 @@ class GuidedRun:
         scheduler = self.pipe.scheduler
         begin = begin_index(scheduler, self._first_timestep)
         count = len(scheduler.timesteps) - begin
-        told = self.pipe.__dict__.get("_num_timesteps")
-        if isinstance(told, int) and 0 < told < count:  # it stops early
-            count = told
+        if self.arguments.get("denoising_end"):  # what the pipeline says then; threads may share it
+            count = min(count, self.pipe.num_timesteps)
         clock = clock_of(scheduler, begin, count, self.layout.flow, self.arguments)
         alone = not self.layout.streams and not self.layout.flow and IMAGE not in self.layout.order
         run = replace(
