@@ -121,7 +121,8 @@ def tune(
             write_atomically(out, json.dumps(found, indent=1) + "\n")
         else:
             more = {"memory": memory, "budget": budget, "seconds": seconds}
-            recipe = fit(target, budgets[0], method=method, guidance=scales[0], **more, **options, **told)
+            (evaluations,), (scale,) = budgets, scales
+            recipe = fit(target, evaluations, method=method, guidance=scale, **more, **options, **told)
             if recipe is None:  # a rank above 0 of a launcher
                 return
             recipe.save(out)

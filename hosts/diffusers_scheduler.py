@@ -208,8 +208,9 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
         source = self._source() if run.plan is None else run.plan.source
         if source.noise_schedule.frame == "edm":
             return float(run.sigmas[0])
-        recipe = self.config["recipe"] is not None and run.plan is not None
-        return float(run.plan.grid.sigma[0]) if recipe else 1.0
+        if self.config["recipe"] is None or run.plan is None:
+            return 1.0
+        return float(run.plan.grid.sigma[0])
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])

@@ -86,7 +86,7 @@ def test_wrong_shapes_are_refused():
     ("value", "error"), [("fast", "must be one of auto, torch"), ("triton", "needs CUDA")]
 )
 def test_the_setting_is_checked(value, error, monkeypatch):
-    monkeypatch.setattr(dispatch, "mode", dispatch.cache(dispatch.mode.__wrapped__))
+    monkeypatch.setattr(dispatch, "mode", dispatch.mode.__wrapped__)
     monkeypatch.setattr(dispatch, "_interprets", lambda: False)
     monkeypatch.setenv("FEWSTEP_KERNELS", value)
     with pytest.raises(ValueError, match=error):
