@@ -73,8 +73,8 @@ def begin_index(scheduler: Any, timestep: Any) -> int:
         return int(begin)
     if timestep is None:
         return 0
-    times = np.asarray(_floats(scheduler.timesteps))
-    return int(np.abs(times - float(timestep)).argmin())
+    distance = np.abs(np.asarray(_floats(scheduler.timesteps)) - float(timestep))
+    return int(np.flatnonzero(distance == distance.min())[-1])  # of equal ones a step begins at the last
 
 
 def _floats(values: Any) -> list[float]:

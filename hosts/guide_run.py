@@ -199,6 +199,9 @@ class GuidedRun:
                 asked = {n: p for n, p in predictions.items() if n in call.branches or n == IMAGE}
                 own = {n: _of_rows(p, call, n) for n, p in asked.items()}
                 g = session.finish(call, own)
+            if not self.layout.streams or session is self.sessions[0]:
+                # another stream may have asked for more
+                session.nfe += sum(map(len, predictions.values())) - sum(map(len, own.values()))
             if IMAGE in own and UNCONDITIONAL in own:
                 rows, term = (
                     call.branches[UNCONDITIONAL],

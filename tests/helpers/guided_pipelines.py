@@ -387,6 +387,7 @@ def _twice(**shapes: tuple[int, ...]) -> dict[str, Any]:
 
 _TWO_TEXTS = _twice(prompt_embeds=(5, 16), negative_prompt_embeds=(5, 16))
 _MASKS = {name: torch.ones(2, 5) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
+_WHOLE = {name: mask.long() for name, mask in _MASKS.items()}
 _TWO_POOLED = _twice(
     prompt_embeds=(5, 8),
     negative_prompt_embeds=(5, 8),
@@ -420,7 +421,7 @@ FURTHER: dict[str, Kind] = {
     "inpaint_9": Kind("sd_inpaint_9", network="unet"),
     "sd3_img2img": Kind("sd3_img2img", two=_TWO_POOLED),
     "instruct": Kind("instruct", network="unet"),
-    "lumina": Kind("lumina", more=_TOKENS, batched=False),
+    "lumina": Kind("lumina", more=_TOKENS, batched=False, two=_TWO_TEXTS | _WHOLE),
     "hidream": Kind("hidream"),
     "ltx2": Kind("ltx2", two=_TWO_TEXTS | _MASKS),
     "cosmos": Kind("cosmos", w=4.0, batched=False),
