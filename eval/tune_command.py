@@ -92,7 +92,7 @@ def tune(
     from .targets import load_target
     from .tuning import cascade, check, fit, read_eigenvalues
 
-    budgets = split_numbers(nfe, int, "--nfe")
+    budgets = list(split_numbers(nfe, int, "--nfe"))
     scales = _scales(guidance)
     several = len(budgets) > 1 or len(scales) > 1
     if several and method != "dc":
@@ -121,8 +121,7 @@ def tune(
             write_atomically(out, json.dumps(found, indent=1) + "\n")
         else:
             more = {"memory": memory, "budget": budget, "seconds": seconds}
-            (evaluations,), (scale,) = budgets, scales
-            recipe = fit(target, evaluations, method=method, guidance=scale, **more, **options, **told)
+            recipe = fit(target, budgets[0], method=method, guidance=scales[0], **more, **options, **told)
             if recipe is None:  # a rank above 0 of a launcher
                 return
             recipe.save(out)
