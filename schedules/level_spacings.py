@@ -116,7 +116,8 @@ def arctan(
 
     ``sigma / alpha = scale tan((1 - i / steps) arctan(sigma_max / scale) + (i / steps) arctan(sigma_min / scale))``.
     The optimum for Gaussian data of standard deviation ``scale`` and Euler's method; as nothing is evaluated between
-    the cleanest trained level and 0, no call is spent where nothing happens.
+    the cleanest trained level and 0, no call is spent where nothing happens. With so many steps that the last would be
+    below that level, it is that level.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale:g}")
@@ -124,8 +125,11 @@ def arctan(
     if sigma_max is None:
         level = noise_schedule.level_max
         high = level if noise_schedule.frame != "flow" else (level / (1 - level) if level < 1 else math.inf)
-    angle = np.linspace(math.atan(high / scale), math.atan(sigma_min / scale), steps + 1)[:-1]
-    ratio = scale * np.tan(angle)
+    first, end = math.atan(high / scale), math.atan(sigma_min / scale)
+    alpha, sigma = noise_schedule.alpha_sigma_at(noise_schedule.level_min)
+    last = first + (end - first) * (steps - 1) / steps
+    cleanest = math.atan2(float(sigma), scale * float(alpha))
+    ratio = scale * np.tan(np.linspace(first, max(last, cleanest), steps))
     if math.isinf(high):
         ratio[0] = math.inf
     return noise_schedule.level_at_ratio(ratio)

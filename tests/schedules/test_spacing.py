@@ -309,3 +309,12 @@ def test_grids_are_cached_and_cannot_be_changed():
     levels = np.array([1.0, 0.5, 0.0])
     TimeGrid.from_levels(Flow(), levels)
     levels[0] = 0.9  # the caller's array stays the caller's
+
+
+@pytest.mark.parametrize("noise_schedule", [VP.scaled_linear(), VP.cosine(), EDM(), Flow(3.0)])
+@pytest.mark.parametrize("steps", [1, 8, 100, 1000])
+def test_the_default_calls_the_network_where_it_was_trained(noise_schedule, steps):
+    """Two nodes below the cleanest trained level would have one time, between which no polynomial goes."""
+    grid = make_grid(noise_schedule, steps)
+    assert grid.level[:-1].min() >= noise_schedule.level_min * (1 - 1e-12)
+    assert len(set(grid.t[:-1])) == steps
