@@ -15,8 +15,7 @@ from guided_pipelines import ALL, KINDS, STEPS, Kind, close, counted
 from tiny_pipelines import CASES, diffusers, randn
 
 import fewstep as fs
-from fewstep.hosts import guide_classes
-from fewstep.hosts.guide import GuidanceNotApplied
+from fewstep.hosts.guide import GuidanceNotApplied, classes
 
 # -- compiled, offloaded, cached --------------------------------------------------------------------------------------
 
@@ -101,14 +100,14 @@ def test_a_module_whose_class_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch
     pipe = kind.pipeline()
     with fs.guide(pipe, fs.APG(3.0)):
         expected = kind.call(pipe)
-    subclass = guide_classes._subclass
+    subclass = classes._subclass
 
     def refuse(base: type, methods: Any) -> type:
         if issubclass(base, torch.nn.Module):
             raise TypeError("object layout differs")
         return subclass(base, methods)
 
-    monkeypatch.setattr(guide_classes, "_subclass", refuse)
+    monkeypatch.setattr(classes, "_subclass", refuse)
     own = kind.call(pipe)
     with fs.guide(pipe, fs.APG(3.0)):
         assert torch.equal(kind.call(pipe), expected)

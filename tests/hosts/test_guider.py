@@ -13,9 +13,9 @@ from tiny_pipelines import CASES, diffusers, randn
 import fewstep as fs
 
 pytest.importorskip("diffusers.modular_pipelines.stable_diffusion_3")
-guider_module = importlib.import_module("fewstep.hosts.guider")
+guider_module = importlib.import_module("fewstep.hosts.guide.guider")
 FewStepGuider = guider_module.FewStepGuider
-attach_guider = importlib.import_module("fewstep.hosts.guider_handle").attach_guider
+attach_guider = importlib.import_module("fewstep.hosts.guide.guider_handle").attach_guider
 
 STEPS, BATCH = 9, 2
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..guidance import CFG, Guidance, Renorm, Rescale
-from ..guidance.run import CONDITIONAL, UNCONDITIONAL
-from .guide_arguments import Arguments, Rows
+from ...guidance import CFG, Guidance, Renorm, Rescale
+from ...guidance.run import CONDITIONAL, UNCONDITIONAL
+from .arguments import Arguments, Rows
 
 IMAGE = "image"
 """The branch of a three-way pipeline that is given neither text nor image."""

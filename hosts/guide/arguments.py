@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .guide_classes import original_class
+from .classes import original_class
 
 Rows = slice | torch.Tensor
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 
-from . import guide_placement as placement
-from .guide_classes import HANDLE
-from .guide_layouts import CONTROLS, DENOISERS
-from .guide_run import ACTIVE, GuidedRun
-from .guide_weak import block_call
+from . import placement
+from .classes import HANDLE
+from .layouts import CONTROLS, DENOISERS
+from .run import ACTIVE, GuidedRun
+from .weak import block_call
 
 Original = Callable[..., Any]
 

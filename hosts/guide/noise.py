@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..samplers.noise import standard_normal
+from ...samplers.noise import standard_normal
 
 
 class SampleNoise:

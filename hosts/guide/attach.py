@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..guidance import Extrapolate, Guidance, Method
-from ..guidance import parse as parse_guidance
-from .guide_check import GuidanceNotApplied
-from .guide_handle import Handle
+from ...guidance import Extrapolate, Guidance, Method
+from ...guidance import parse as parse_guidance
+from .check import GuidanceNotApplied
+from .handle import Handle
 
 __all__ = ["GuidanceNotApplied", "Handle", "guide"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..guidance import CFG, SLG, STG, Extrapolate, Guidance, Record
-from .guide_check import check_pipeline
-from .guide_classes import HANDLE, Methods, restore, swap, swapped
-from .guide_layouts import CONTROLS, DENOISERS, layout_of
-from .guide_parts import BLOCK, CONTROL, NETWORK, PIPELINE, SCHEDULER, label_hooks
-from .guide_run import ACTIVE, GuidedRun
-from .guide_weak import chosen_blocks
+from ...guidance import CFG, SLG, STG, Extrapolate, Guidance, Record
+from .check import check_pipeline
+from .classes import HANDLE, Methods, restore, swap, swapped
+from .layouts import CONTROLS, DENOISERS, layout_of
+from .parts import BLOCK, CONTROL, NETWORK, PIPELINE, SCHEDULER, label_hooks
+from .run import ACTIVE, GuidedRun
+from .weak import chosen_blocks
 
 
 class Handle:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..guidance import Guidance, Run
-from .guide_arguments import is_compiled
-from .guide_layouts import Layout
+from ...guidance import Guidance, Run
+from .arguments import is_compiled
+from .layouts import Layout
 
 
 class GuidanceNotApplied(RuntimeError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..guidance import CFG, Extrapolate, Guidance, Method, Record, Rescale
-from ..guidance import parse as parse_guidance
+from ...guidance import CFG, Extrapolate, Guidance, Method, Record, Rescale
+from ...guidance import parse as parse_guidance
 from .guider import FewStepGuider
 
 _SLOTS = ("guider", "guider_2", "ocr_guider")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..guidance.run import CONDITIONAL, UNCONDITIONAL
-from .guide_arguments import Arguments
-from .guide_check import GuidanceNotApplied
-from .guide_layouts import IMAGE, OWN_WEAK, enabled
-from .guide_networks import NetworkCall, Selection
-from .guide_run import GuidedRun, Step
+from ...guidance.run import CONDITIONAL, UNCONDITIONAL
+from .arguments import Arguments
+from .check import GuidanceNotApplied
+from .layouts import IMAGE, OWN_WEAK, enabled
+from .networks import NetworkCall, Selection
+from .run import GuidedRun, Step
 
 
 def network(run: GuidedRun, module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..guidance import Call, Guidance, Record, Session
-from ..guidance.run import CONDITIONAL, UNCONDITIONAL
-from .guide_check import GuidanceNotApplied, Verdict, check_run
-from .guide_clock import Clock, begin_index, clock_of
-from .guide_layouts import IMAGE, Layout, image_term
-from .guide_networks import Networks
-from .guide_noise import SampleNoise
-from .guide_weak import DISTURBED
+from ...guidance import Call, Guidance, Record, Session
+from ...guidance.run import CONDITIONAL, UNCONDITIONAL
+from .check import GuidanceNotApplied, Verdict, check_run
+from .clock import Clock, begin_index, clock_of
+from .layouts import IMAGE, Layout, image_term
+from .networks import Networks
+from .noise import SampleNoise
+from .weak import DISTURBED
 
 ACTIVE: ContextVar[GuidedRun | None] = ContextVar("fewstep_guided_run", default=None)
 """The run that the present thread is in."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..guidance import Run
-from ..schedules import EDM, Flow, Node, NoiseSchedule
-from ..schedules.diffusers_config import Source, source_of
-from ..schedules.parametrization import Prediction
+from ...guidance import Run
+from ...schedules import EDM, Flow, Node, NoiseSchedule
+from ...schedules.diffusers_config import Source, source_of
+from ...schedules.parametrization import Prediction
 
 _EXPLODING = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolverSDE")
 """Classes that keep ``x_0 + k eps``, by the start of their names."""

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..guidance import PAG, SEG, SLG, STG, Guidance, smooth_queries
-from ..schedules import Node
-from .guide_arguments import Arguments, parameters_of, unwrapped
-from .guide_classes import original_class
-from .guide_outputs import tensors_of
+from ...guidance import PAG, SEG, SLG, STG, Guidance, smooth_queries
+from ...schedules import Node
+from .arguments import Arguments, parameters_of, unwrapped
+from .classes import original_class
+from .outputs import tensors_of
 
 DISTURBED = ("pag", "seg", "slg", "stg")
 """Branches that a pipeline's own network gives."""

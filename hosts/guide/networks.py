@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..guidance import Call, Session
-from ..guidance.run import CONDITIONAL
-from ..schedules import Node
-from .guide_arguments import Arguments, Rows, Window, inner, is_compiled, window, with_inner
-from .guide_clock import Clock
-from .guide_layouts import Layout
-from .guide_noise import SampleNoise
-from .guide_outputs import Template, tensors_of
-from .guide_weak import counted_attention, disturbed, weak_prediction
+from ...guidance import Call, Session
+from ...guidance.run import CONDITIONAL
+from ...schedules import Node
+from .arguments import Arguments, Rows, Window, inner, is_compiled, window, with_inner
+from .clock import Clock
+from .layouts import Layout
+from .noise import SampleNoise
+from .outputs import Template, tensors_of
+from .weak import counted_attention, disturbed, weak_prediction
 
 
 @dataclass(frozen=True)

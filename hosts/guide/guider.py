@@ -17,12 +17,12 @@ import torch
 from diffusers.guiders import guider_utils
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from ..guidance import Call, Extrapolate, Guidance, Method, Session
-from ..guidance import parse as parse_guidance
-from ..guidance.run import CONDITIONAL, UNCONDITIONAL, Run
-from ..schedules import Flow, Node
-from .guide_clock import begin_index, clock_of
-from .guide_noise import SampleNoise
+from ...guidance import Call, Extrapolate, Guidance, Method, Session
+from ...guidance import parse as parse_guidance
+from ...guidance.run import CONDITIONAL, UNCONDITIONAL, Run
+from ...schedules import Flow, Node
+from .clock import begin_index, clock_of
+from .noise import SampleNoise
 
 _EMBEDDINGS = ("prompt_embeds", "encoder_hidden_states", "cap_feats")
 """What a pipeline calls the condition that CADS changes."""
