@@ -40,8 +40,8 @@ def published(case) -> tuple[Source, Trajectories, fs.schedules.TimeGrid]:
     ]  # a time that is the target's is not above it
     states = torch.from_numpy(np.stack([case["x_init"], *case["gt_xs"][after].astype(np.float64)]))
     nodes = np.array([angle(node) for node in grid])
-    truth = Trajectories(tuple(range(8)), nodes, states, torch.zeros_like(states), states[-1])
     unit_noise = torch.from_numpy(case["x_init"])
+    truth = Trajectories(tuple(range(8)), unit_noise, nodes, states, torch.zeros_like(states), states[-1])
     return (
         Source(lambda indices: cast(Any, Exact()), lambda indices: unit_noise, grid.noise_schedule),
         truth,
