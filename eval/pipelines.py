@@ -77,7 +77,7 @@ def model_of(pipe: Any, name: str) -> EvalModel:
     pair, guided = _CONDITIONS[kind](pipe, network)
     if clips and guided:
         raise ValueError(
-            f"{name!r} clips its predictions, which is known without guidance only; set clip_sample and thresholding to "
+            f"{name!r} clips its predictions, known without guidance only; set clip_sample and thresholding to "
             "false in its scheduler's config"
         )
     size = network.config["sample_size"]
