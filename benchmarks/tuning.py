@@ -1,6 +1,6 @@
 """Tuned recipes against every diffusers scheduler with its best spacing in each cell, on noise that no fit has seen.
 
-    python benchmarks/tuning.py [--samples 64] [--models gmm ...] [--nfe 4 5 ...] [--figure docs/tuning.png]
+    python benchmarks/tuning.py [--samples 64] [--models gmm digits-exact ...] [--nfe 4 5 ...] [--figure FILE.png]
 
 For every embedded model and number of evaluations ``fewstep tune`` runs with its defaults (32 trajectories); the figure
 is the RMS distance per element to the converged solution from the same noise. ``NAME@W`` is guidance of scale W. Where
@@ -85,7 +85,7 @@ def sampled(
     """Samples from the noise of their indices: of a recipe, or of what ``fs.sample`` is told."""
     schedule = model.noise_schedule
     top = float(schedule.alpha_sigma_at(schedule.level_max)[1])
-    start = top if recipe is None else recipe.grid(schedule)[0].sigma
+    start = top if recipe is None else recipe.init_noise_sigma(schedule)
     return fs.sample(
         model.denoiser(indices),
         start * model.noise(indices),

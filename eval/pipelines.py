@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..guidance import Denoiser
-from ..schedules.diffusers_config import source_of
+from ..schedules import Node
+from ..schedules.diffusers_config import Source, source_of
 from .models import EvalModel
 
 PROMPTS = (
@@ -31,6 +32,7 @@ PROMPTS = (
 """Sample i is of prompt i mod 8."""
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Clip = Callable[[torch.Tensor], torch.Tensor]
 Pair = tuple[Network, Network | None]
 """A network with its condition, and the one without for guidance."""
 
@@ -57,6 +59,9 @@ def load_model(name: str) -> EvalModel:
 
 def model_of(pipe: Any, name: str) -> EvalModel:
     """A pipeline that is loaded."""
+    from ..hosts.diffusers_scheduler import FewStepScheduler
+    from ..hosts.diffusers_step import clipped
+
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     kind = type(pipe).__name__
     if kind not in _CONDITIONS or network is None:
@@ -65,8 +70,16 @@ def model_of(pipe: Any, name: str) -> EvalModel:
             "module:callable returning a fewstep.Denoiser around its network"
         )
     network.eval().requires_grad_(False)
-    source = source_of(dict(pipe.scheduler.config))
+    config = dict(
+        FewStepScheduler.from_config(pipe.scheduler.config).config
+    )  # of any class, with its defaults
+    source, clips = source_of(config), config["clip_sample"] or config["thresholding"]
     pair, guided = _CONDITIONS[kind](pipe, network)
+    if clips and guided:
+        raise ValueError(
+            f"{name!r} clips its predictions, known without guidance only; set clip_sample and thresholding to "
+            "false in its scheduler's config"
+        )
     size = network.config["sample_size"]
     side = (size, size) if isinstance(size, int) else tuple(size)
     shape = (int(network.config["in_channels"]), *side)
@@ -74,6 +87,8 @@ def model_of(pipe: Any, name: str) -> EvalModel:
     def bind(indices: Sequence[int], device: torch.device) -> Denoiser:
         network.to(device)
         conditional, unconditional = pair(list(indices), device)
+        if clips:
+            return _Clipped(conditional, source, shape, lambda x_0: clipped(x_0, config))
         return Denoiser(conditional, source.noise_schedule, source.prediction, shape, unconditional)
 
     return EvalModel(
@@ -87,6 +102,18 @@ def model_of(pipe: Any, name: str) -> EvalModel:
         guided=guided,
         dtype=network.dtype,
     )
+
+
+class _Clipped(Denoiser):
+    """A network whose prediction of x_0 is clipped as its scheduler says."""
+
+    def __init__(self, fn: Network, source: Source, shape: Sequence[int], clip: Clip) -> None:
+        super().__init__(fn, source.noise_schedule, "denoised", shape)
+        self.source, self.clip = source, clip
+
+    def run(self, network: Network, x: torch.Tensor, node: Node, condition: Any = None) -> torch.Tensor:
+        c_x, c_m = self.source.denoised(node)
+        return self.clip(c_x * x + c_m * super().run(network, x, node, condition))
 
 
 def fingerprint(network: torch.nn.Module) -> str:

@@ -87,16 +87,19 @@ def tune(
       fewstep tune --nfe 5,6,8,10 --method dc --guidance 2,4,7.5 -o cascade.json
     """
     from . import launched
+    from .cascade import cascade
     from .store import write_atomically
     from .sweep import split_numbers
     from .targets import load_target
-    from .tuning import cascade, check, fit, read_eigenvalues
+    from .tuning import check, fit, read_eigenvalues
 
     budgets = list(split_numbers(nfe, int, "--nfe"))
     scales = _scales(guidance)
     several = len(budgets) > 1 or len(scales) > 1
     if several and method != "dc":
         raise ValueError(f"several --nfe or --guidance go with --method dc only, got --method {method}")
+    if several and (spectrum or len(schedule or ()) > 1):
+        raise ValueError("several --nfe or --guidance go with one --schedule, and no --spectrum")
     for one in budgets:
         check(one, trajectories, teacher_steps, method, schedule or (), budget)
     eigenvalues = None if spectrum is None else read_eigenvalues(spectrum)
@@ -105,24 +108,25 @@ def tune(
     options: dict[str, Any] = {
         "trajectories": trajectories,
         "teacher_steps": teacher_steps,
-        "schedules": schedule or (),
-        "eigenvalues": eigenvalues,
         "seed": seed,
-        "test": test,
         "batch": batch,
         "cache": cache or out.parent / ".fewstep-trajectories",
         "group": group,
     }
     target = load_target(model).to(group.device(device))
     console = Console(stderr=True, highlight=False, quiet=group.rank > 0)
-    with _progress(console, trajectories * len(budgets) * len(scales)) as told:
+    with _progress(console, trajectories * len(scales)) as told:
         if several:
-            found = cascade(target, budgets, scales, **options, **told)
+            spacing = {"schedule": schedule[0]} if schedule else {}
+            found = cascade(target, budgets, scales, **spacing, **options, **told)
+            if found is None:  # a rank above 0 of a launcher
+                return
             write_atomically(out, json.dumps(found, indent=1) + "\n")
         else:
-            more = {"memory": memory, "budget": budget, "seconds": seconds}
+            more: dict[str, Any] = {"memory": memory, "budget": budget, "seconds": seconds, "test": test}
+            more |= {"schedules": schedule or (), "eigenvalues": eigenvalues}
             recipe = fit(target, budgets[0], method=method, guidance=scales[0], **more, **options, **told)
-            if recipe is None:  # a rank above 0 of a launcher
+            if recipe is None:
                 return
             recipe.save(out)
             found = recipe.to_dict()
@@ -192,6 +196,7 @@ def _show(recipe: dict[str, Any], out: Path) -> None:
 def _show_cascade(found: dict[str, Any], out: Path) -> None:
     console = Console(highlight=False)
     for cell in found["cells"]:
-        ratios = " ".join(f"{r:.3f}" for r in cell["ratios"]) or "none better than no compensation"
-        console.print(f"NFE {cell['nfe']}, guidance {cell['guidance']}: {ratios}")
+        ratios, errors = " ".join(f"{r:.3f}" for r in cell["ratios"]), cell["errors"]
+        change = f"{errors['fixed']:.5f} -> {errors['held_out']:.5f}"
+        console.print(f"NFE {cell['nfe']}, guidance {cell['guidance']}: {change}  {ratios}")
     console.print(f"[bold]polynomial[/bold]  {out}", soft_wrap=True)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from .. import __version__
 from ..guidance import Predictor
 from ..guidance import parse as parse_guidance
 from ..schedules.spec import suggestion
-from ..tuning import Recipe, Source, Trajectories, error, fit_cascade, from_spectrum, schedule_digest, solve
+from ..tuning import Recipe, Source, Trajectories, error, from_spectrum, schedule_digest, solve
 from ..tuning.grids import CHEAP, SPACINGS, check_names, grid_of, starting_grids
 from ..tuning.recipe import finite
 from ..tuning.strategies import STRATEGIES
@@ -123,7 +122,7 @@ def fit(
     """
     check(nfe, trajectories, teacher_steps, method, schedules, budget)
     source = source_of(target, guidance, batch)
-    key = digest([target.fingerprint, guidance, SOLVER, SPACING])[:16]
+    key = trajectories_key(target, guidance)
     chosen = list(seeds(trajectories, seed))
     truth = solve_together(source, chosen, teacher_steps, cache, key, group, solved)
     if truth is None:
@@ -168,6 +167,11 @@ def fit(
     )
 
 
+def trajectories_key(target: Target, guidance: float | str | None) -> str:
+    """Names converged trajectories in a cache."""
+    return digest([target.fingerprint, guidance, SOLVER, SPACING])[:16]
+
+
 def solve_together(
     source: Source,
     indices: Sequence[int],
@@ -190,40 +194,6 @@ def solve_together(
         if group.rank > 0:
             return None
     return solve(source, indices, steps, cache=cache, key=key, advance=solved)
-
-
-def cascade(
-    target: Target,
-    nfes: Sequence[int],
-    scales: Sequence[float],
-    say: Say = lambda what, error: None,
-    **options: Any,
-) -> dict[str, Any]:
-    """DC-Solver's ratios in every cell, and the polynomial that predicts them at other evaluations and scales.
-
-    ``options`` are those of :func:`fit`. The result is what ``dc:cascade=FILE.json`` reads, with the cells.
-    """
-    cells = []
-    for w in scales:
-        for nfe in nfes:
-            recipe = fit(target, nfe, method="dc", guidance=w, say=say, **options)
-            assert recipe is not None
-            cells.append(
-                {
-                    "nfe": nfe,
-                    "guidance": w,
-                    "method": recipe.method,
-                    "ratios": list(recipe.ratios),
-                    "errors": dict(recipe.errors),
-                }
-            )
-    found = {(c["nfe"], c["guidance"]): c["ratios"] for c in cells if c["ratios"]}
-    return {
-        "cascade": list(fit_cascade(found)),
-        "model": target.name,
-        "fingerprint": target.fingerprint,
-        "cells": cells,
-    }
 
 
 def read_eigenvalues(file: Path) -> np.ndarray:

@@ -134,8 +134,8 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     """
     indices = list(range(chunk.start, chunk.stop))
     seed = plan.config.seed
-    chosen, grid = _solver_and_grid(job, target)
-    start = grid[0].sigma * target.noise(indices, seed)
+    chosen, grid, scale = _solver_and_start(job, target)
+    start = scale * target.noise(indices, seed)
     denoiser = target.denoiser(indices)
     began, cpu = time.perf_counter(), time.process_time()
     samples = sample(
@@ -183,11 +183,14 @@ def do_chunk(plan: Plan, panel: Panel, job: Job, chunk: Chunk, store: Store, tar
     store.save_chunk(job.key, chunk, arrays, info)
 
 
-def _solver_and_grid(job: Job, target: Target) -> tuple[str | Solver, TimeGrid]:
+def _solver_and_start(job: Job, target: Target) -> tuple[str | Solver, TimeGrid, float]:
+    """What steps, where, and what unit noise is multiplied with."""
+    schedule = target.noise_schedule
     if job.recipe is None:
-        return job.solver, make_grid(target.noise_schedule, job.steps, job.schedule)
+        grid = make_grid(schedule, job.steps, job.schedule)
+        return job.solver, grid, grid[0].sigma
     recipe = Recipe.from_dict(job.recipe)
-    return recipe.solver, recipe.grid(target.noise_schedule)
+    return recipe.solver, recipe.grid(schedule), recipe.init_noise_sigma(schedule)
 
 
 def _hash_bytes(images: np.ndarray) -> np.ndarray:

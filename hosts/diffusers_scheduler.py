@@ -203,14 +203,10 @@ class FewStepScheduler(Stepping, Forward, SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """The standard deviation of the start state: 1, of EDM models the first level, of a recipe its first sigma."""
+        """The standard deviation of the start state: 1, of EDM models the first level."""
         run = self._run
         source = self._source() if run.plan is None else run.plan.source
-        if source.noise_schedule.frame == "edm":
-            return float(run.sigmas[0])
-        if self.config["recipe"] is None or run.plan is None:
-            return 1.0
-        return float(run.plan.grid.sigma[0])
+        return float(run.sigmas[0]) if source.noise_schedule.frame == "edm" else 1.0
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])

@@ -12,6 +12,7 @@ import torch
 from ..samplers import Stepper, compile
 from ..schedules import EDM, Node, TimeGrid
 from ..tuning import Recipe, load
+from ..tuning.table import init_noise_sigma
 
 SamplerFunction = Callable[..., torch.Tensor]
 
@@ -20,8 +21,9 @@ def recipe_sampler(recipe: str | Path | Recipe) -> SamplerFunction:
     """``sample(model, x, sigmas, extra_args=None, callback=None, disable=None)`` that runs a recipe.
 
     ``model(x, sigma, **extra_args)`` returns the denoised prediction, with sigma of shape (B,); states are ``x_0 +
-    sigma eps``, of flow models ``(1 - sigma) x_0 + sigma eps``. The levels are the recipe's own; ``sigmas`` only tells
-    where x stands, ``sigmas[0]``, and must start and end where the recipe does.
+    sigma eps``, of flow models ``(1 - sigma) x_0 + sigma eps``. The levels are the recipe's own; ``sigmas`` must start
+    and end where they do (to 1 % at the start). x is ``sigmas[0]`` times unit noise, as in all these samplers; it is
+    brought to the size that the recipe starts from, which on VP models is ``sqrt(1 + sigma_0^2)``.
 
     Raises ValueError for a recipe that cannot be read and for other ends.
     """
@@ -44,7 +46,7 @@ def recipe_sampler(recipe: str | Path | Recipe) -> SamplerFunction:
             )
         nodes = [Node(k, 1.0 - k, k) if flow else Node(k, 1.0, k) for k in chosen.levels]
         program = compile(chosen.solver, _grid(nodes))
-        stepper = Stepper(program, x)
+        stepper = Stepper(program, x * (init_noise_sigma(chosen.frame, nodes[0]) / first))
         while not stepper.done:
             node, state, i = stepper.node, stepper.x, stepper.evaluations
             sigma = state.new_full((len(state),), node.sigma)

@@ -61,7 +61,8 @@ def sample(
     Args:
         denoiser: the network, see :class:`fewstep.Denoiser`.
         x: start state of shape (B, ...): unit noise times the sigma of the first node (1 or nearly so for VP and flow
-           schedules, sigma_max for EDM), or a noisy state at ``sigmas[0]`` to start in the middle.
+           schedules, sigma_max for EDM), or a noisy state at ``sigmas[0]`` to start in the middle. For a recipe unit
+           noise times its ``init_noise_sigma``: 1, for EDM its first level.
         solver: a spec such as ``"unipc:order=3"``, see :func:`fewstep.solvers`.
         steps: number of intervals. A multistep solver evaluates the network once in each.
         schedule: a spacing such as ``"karras:rho=7"``, see :func:`fewstep.schedules.schedules`; ends without noise.

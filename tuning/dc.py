@@ -56,7 +56,7 @@ def search_ratios(
     Raises ValueError for a solver whose steps are no combination of one state and predictions at the nodes.
     """
     steps = _steps(parse(solver), grid)
-    search = _Search(source, truth, list(grid), order)
+    search = _Search(source, truth, grid, order)
     ratios = []
     for i, step in enumerate(steps):
         ratio = 1.0 if i < order else search.best(step, iterations)
@@ -114,13 +114,13 @@ class _Search:
 
     source: Source
     truth: Trajectories
-    nodes: list[Node]
+    grid: TimeGrid
     order: int
     values: list[torch.Tensor] = field(default_factory=list)
     new: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.x = self.truth.begin(self.nodes[0]) * unit(self.nodes[0])
+        self.x = self.truth.begin(self.grid) * unit(self.grid[0])
 
     def predict(self, x: torch.Tensor, node: Node, form: Prediction) -> torch.Tensor:
         denoised = self.source.predict(self.truth.indices, x / unit(node), node)
@@ -132,22 +132,22 @@ class _Search:
     ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
         """The next state, the predictions with the newest replaced, and that at the next node if it was made."""
         i, form = len(self.values), formulas[0].form
-        new = self.predict(self.x, self.nodes[i], form) if self.new is None else self.new
+        new = self.predict(self.x, self.grid[i], form) if self.new is None else self.new
         self.new = new  # the same for every ratio
         values = [*self.values, new]
         if ratio != 1.0:
-            times = [self.nodes[i - k].t for k in range(self.order + 1)]
+            times = [self.grid[i - k].t for k in range(self.order + 1)]
             weights = lagrange(times, np.array([ratio * times[0] + (1.0 - ratio) * times[1]]))
             values[i] = torch.stack([float(w[0]) * values[i - k] for k, w in enumerate(weights)]).sum(0)
         x, ahead = _state(formulas[0], self.x, values), None
         if len(formulas) > 1:
-            ahead = self.predict(x, self.nodes[i + 1], form)
+            ahead = self.predict(x, self.grid[i + 1], form)
             x = _state(formulas[1], self.x, [*values, ahead])
         return x, values, ahead
 
     def distance(self, x: torch.Tensor) -> float:
         """Mean squared, from the trajectories at the next node."""
-        node = self.nodes[len(self.values) + 1]
+        node = self.grid[len(self.values) + 1]
         return float((x - unit(node) * self.truth.at(node)).square().mean())
 
     def best(self, formulas: Sequence[_Formula], iterations: int) -> float:

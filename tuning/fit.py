@@ -43,7 +43,7 @@ def distances(table: Table, source: Source, truth: Trajectories) -> tuple[torch.
     """
     grid = table.grid(source.noise_schedule)
     try:
-        states, _ = run(table, grid, truth.begin(grid[0]), predictor(source, truth))
+        states, _ = run(table, grid, truth.begin(grid), predictor(source, truth))
     except NumericalError:
         lost = torch.full((len(truth.indices),), torch.inf)
         return lost, lost
@@ -79,7 +79,7 @@ def ridge(
     Costs one run over the trajectories.
     """
     grid, predict = nominal.grid(source.noise_schedule), predictor(source, truth)
-    z, history, rows = truth.begin(grid[0]), [], []
+    z, history, rows = truth.begin(grid), [], []
     for (s, t), row in zip(grid.intervals(), nominal.rows):
         history = [predict(z, s), *history]
         row = padded(row, memory, len(history))

@@ -33,9 +33,10 @@ CHEAP = ("search:spectrum", "search:gits")
 
 
 def free_start(noise_schedule: NoiseSchedule) -> bool:
-    """Whether a run may start below the noisiest level, from sigma_0 times unit noise.
+    """Whether a run may start below the noisiest level.
 
-    Hosts of flow models hand over unit noise whatever the levels are, so there it may not.
+    Not of flow models: their hosts hand over unit noise whatever the levels are, and below the noisiest a state of the
+    flow is smaller than that.
     """
     return noise_schedule.frame != "flow"
 

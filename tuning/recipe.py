@@ -16,7 +16,7 @@ import numpy as np
 
 from ..samplers import Solver
 from ..schedules import NoiseSchedule, TimeGrid
-from .table import Table
+from .table import Table, init_noise_sigma
 
 FORMAT = 1
 SCHEMA = Path(__file__).with_name("recipe.schema.json")
@@ -27,8 +27,13 @@ Kind = Literal["fitted", "fixed"]
 
 
 def schedule_digest(noise_schedule: NoiseSchedule) -> str:
-    """Identifies a noise schedule by its frame and trained levels, to six digits."""
-    levels = np.asarray(noise_schedule.train_levels, dtype=np.float64)
+    """Identifies a noise schedule by its frame and trained levels, to six digits.
+
+    By the frame alone for flow models: t is sigma itself there, and a shift, which may change with the image's size,
+    says only how steps are spaced.
+    """
+    flow = noise_schedule.frame == "flow"
+    levels = [] if flow else np.asarray(noise_schedule.train_levels, dtype=np.float64)
     words = [noise_schedule.frame, *(f"{k:.5e}" for k in levels)]
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
@@ -96,6 +101,10 @@ class Recipe:
                 "model; fit one with fewstep tune --model ..."
             )
         return self.table.grid(noise_schedule)
+
+    def init_noise_sigma(self, noise_schedule: NoiseSchedule) -> float:
+        """What unit noise is multiplied with where a run starts: 1, for EDM models the first level."""
+        return init_noise_sigma(self.frame, self.grid(noise_schedule)[0])
 
     def check(self, *, fingerprint: str | None = None, guidance: str | None = None) -> None:
         """Warn where it is used for something else than what it was fitted to; ``None`` is not compared."""

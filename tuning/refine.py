@@ -76,7 +76,7 @@ class Family:
 
     def start(self, table: Table, source: Source, truth: Trajectories) -> np.ndarray:
         """Sets the units along a table on this family's grid; that table's parameters."""
-        states, predictions = run(table, self.grid, truth.begin(self.grid[0]), predictor(source, truth))
+        states, predictions = run(table, self.grid, truth.begin(self.grid), predictor(source, truth))
         sizes = [rms(states[i] if j == 0 else predictions[i + 1 - j]) for i, j in self.entries]
         self.units = 1.0 / np.maximum(sizes, 1e-6)
         nominal = table_of(self.solver, self.grid)
@@ -164,7 +164,7 @@ def newton(
 def attempt(family: Family, parameters: np.ndarray, source: Source, truth: Trajectories) -> Run:
     """The run of some parameters. Raises NumericalError, and ValueError where levels do not descend."""
     grid = family.moved(parameters)
-    states, predictions = run(family.table(parameters), grid, truth.begin(grid[0]), predictor(source, truth))
+    states, predictions = run(family.table(parameters), grid, truth.begin(grid), predictor(source, truth))
     return Run(parameters, states, predictions, losses(states, grid, truth)[1].cpu().numpy())
 
 
@@ -238,7 +238,7 @@ def _shifted(
     parameters[parameter] += shift
     grid, table = family.moved(parameters), family.table(parameters)
     same = max(level - 1, 0)
-    states = [truth.begin(grid[0])] if level == 0 else at.states[: same + 1]
+    states = [truth.begin(grid)] if level == 0 else at.states[: same + 1]
     predictions = at.predictions[: same + (level > 0)]
     for i in range(same, grid.steps):
         if len(predictions) == i:

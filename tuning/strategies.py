@@ -48,7 +48,7 @@ def compensation(source: Source, nfe: int, truth: Trajectories, *, grids, say, *
     """DC-Solver: UniPC with compensation ratios found on ten trajectories, on the grid that suits UniPC best."""
     errors = {name: error(table_of(dc.SOLVER, grid), source, truth) for name, grid in grids.items()}
     name = min(errors, key=errors.__getitem__)
-    some, rest = _split(truth, DC_TRAJECTORIES)
+    some, rest = split(truth, DC_TRAJECTORIES)
     ratios = dc.search_ratios(
         source, some, grids[name], say=lambda step, error: say(f"ratio of step {step + 1} on {name}", error)
     )
@@ -60,7 +60,7 @@ def search(
     source: Source, nfe: int, truth: Trajectories, *, grids, budget, seconds, seed, say, **_
 ) -> Outcome:
     """Order, prediction space and corrector of every step and the levels, by an evolutionary search within a budget."""
-    some, rest = _split(truth, 3 * len(truth.indices) // 4)
+    some, rest = split(truth, 3 * len(truth.indices) // 4)
     table = solver_search.search_solver(
         source, some, nfe, grids=grids, evaluations=budget, seconds=seconds, seed=seed, say=say
     )
@@ -75,7 +75,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def _split(truth: Trajectories, count: int) -> tuple[Trajectories, Trajectories]:
+def split(truth: Trajectories, count: int) -> tuple[Trajectories, Trajectories]:
     """The first ``count`` trajectories, at most three quarters, and the others."""
     check_trajectories(len(truth.indices))
     count = min(count, 3 * len(truth.indices) // 4)

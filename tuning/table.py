@@ -38,6 +38,17 @@ def angle(node: Node) -> float:
     return math.atan2(node.sigma, node.alpha)
 
 
+def init_noise_sigma(frame: str, first: Node) -> float:
+    """Standard deviation of x where a run starts, what diffusers calls by this name: a recipe is fitted from there.
+
+    sigma_0 for EDM models, 1 for flow models, and for VP models a state of unit size, ``sqrt(alpha^2 + sigma^2)``, as
+    their pipelines hand over unit noise whatever the first level is (those of DiT and DDPM ask no scheduler for it).
+    """
+    if frame == "vp":
+        return unit(first)
+    return first.sigma if frame == "edm" else 1.0
+
+
 @dataclass(frozen=True)
 class Table:
     """Levels (of the noise schedule, decreasing, the last of them of the result) and one row of weights a step.

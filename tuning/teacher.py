@@ -15,7 +15,7 @@ import torch
 from ..samplers import NumericalError, Stepper, compile
 from ..schedules import Node, NoiseSchedule, TimeGrid, conversion, make_grid
 from ..schedules.parametrization import Prediction
-from .table import angle, unit
+from .table import angle, init_noise_sigma, unit
 
 SOLVER = "unipc:order=3,lower_order_final=false"
 SPACING = "arctan"
@@ -83,10 +83,12 @@ class Source:
 class Trajectories:
     """Converged trajectories in the frame z: states and predictions at nodes from the top down, and the result.
 
-    Shapes: ``angles`` (nodes,), ``states`` and ``predictions`` (nodes, B, ...), ``result`` (B, ...).
+    Shapes: ``noise`` (B, ...), of unit size, ``angles`` (nodes,), ``states`` and ``predictions`` (nodes, B, ...),
+    ``result`` (B, ...).
     """
 
     indices: tuple[int, ...]
+    noise: torch.Tensor
     angles: np.ndarray
     states: torch.Tensor
     predictions: torch.Tensor
@@ -116,7 +118,12 @@ class Trajectories:
         keep = list(rows)
         indices = tuple(self.indices[i] for i in keep)
         return Trajectories(
-            indices, self.angles, self.states[:, keep], self.predictions[:, keep], self.result[keep]
+            indices,
+            self.noise[keep],
+            self.angles,
+            self.states[:, keep],
+            self.predictions[:, keep],
+            self.result[keep],
         )
 
     @property
@@ -124,9 +131,9 @@ class Trajectories:
         """States at the top."""
         return self.states[0]
 
-    def begin(self, node: Node) -> torch.Tensor:
-        """The states of a run that starts at a node: sigma times the unit noise of the samples."""
-        return self.start * (math.sin(angle(node)) / math.sin(float(self.angles[0])))
+    def begin(self, grid: TimeGrid) -> torch.Tensor:
+        """The states of a run on a grid: the samples' noise, as recipes start from it."""
+        return self.noise * (init_noise_sigma(grid.noise_schedule.frame, grid[0]) / unit(grid[0]))
 
 
 def solve(
@@ -156,12 +163,12 @@ def solve(
         parts.append(part)
         advance(len(chunk))
     angles = np.array([angle(node) for node in list(grid)[:-1]])
-    device = source.noise(list(indices[:1])).device
+    noise = source.noise(list(indices))
     states, predictions = (
-        torch.from_numpy(np.concatenate([p[k] for p in parts], 1)).to(device) for k in (0, 1)
+        torch.from_numpy(np.concatenate([p[k] for p in parts], 1)).to(noise.device) for k in (0, 1)
     )
-    result = torch.from_numpy(np.concatenate([p[2] for p in parts])).to(device)
-    return Trajectories(tuple(indices), angles, states, predictions, result)
+    result = torch.from_numpy(np.concatenate([p[2] for p in parts])).to(noise.device)
+    return Trajectories(tuple(indices), noise.to(result.dtype), angles, states, predictions, result)
 
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -170,7 +177,8 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _solve(source: Source, indices: list[int], grid: TimeGrid) -> Part:
     noise = source.noise(indices)
     wide = torch.float64 if noise.device.type == "cpu" else torch.float32
-    stepper = Stepper(compile(SOLVER, grid), noise.to(wide) * grid[0].sigma)
+    start = noise.to(wide) * init_noise_sigma(grid.noise_schedule.frame, grid[0])
+    stepper = Stepper(compile(SOLVER, grid), start)
     states, predictions = [], []
     while not stepper.done:
         z = stepper.x / unit(stepper.node)

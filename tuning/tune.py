@@ -70,7 +70,7 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """What candidates are ranked by: the mean root of the loss, in which a stray sample counts less than in an RMS.
+        """What candidates are ranked by: the mean root of the loss, where one stray sample counts less than in an RMS.
 
         Of two that end equally near, the one that is nearer on the way has fewer stray samples on other noise.
         """

@@ -35,7 +35,7 @@ def test_a_folder_is_tuned_with_guidance(dit, tmp_path, capsys):
     recipe = load(json.loads(capsys.readouterr().out))
     assert recipe.model == folder and recipe.guidance.startswith("cfg") and recipe.prediction == "epsilon"
     model = load_model(folder)
-    x = recipe.grid(model.noise_schedule)[0].sigma * model.noise([0, 1])
+    x = recipe.init_noise_sigma(model.noise_schedule) * model.noise([0, 1])
     samples = fs.sample(model.denoiser([0, 1]), x, guidance=2.0, recipe=recipe)
     assert samples.shape == (2, *model.shape) and samples.isfinite().all()
 
@@ -83,3 +83,7 @@ def test_what_is_no_pipeline_is_refused_with_what_is_allowed(tmp_path):
         load_target(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="is a FluxPipeline, which is not known; allowed: DDPMPipeline"):
         model_of(tiny_pipelines._flux(), "flux")
+    clips = tiny_pipelines._dit()
+    clips.scheduler.register_to_config(clip_sample=True)
+    with pytest.raises(ValueError, match="set clip_sample and thresholding to false"):
+        model_of(clips, "dit")

@@ -254,7 +254,7 @@ def test_the_same_numbers_everywhere(recipe):
     """In the library on the model's own frame, and as a sampler function in the frame x_0 + sigma eps."""
     model, indices = load_model("builtin:gmm"), range(6)
     noise, grid = model.noise(indices), recipe.grid(model.noise_schedule)
-    ours = fs.sample(model.denoiser(indices), noise * grid[0].sigma, recipe=recipe)
+    ours = fs.sample(model.denoiser(indices), noise, recipe=recipe)
     denoiser, seen = model.denoiser(indices), []
 
     def k_model(y: torch.Tensor, sigma: torch.Tensor, scale: float) -> torch.Tensor:
@@ -265,7 +265,7 @@ def test_the_same_numbers_everywhere(recipe):
     sigmas = torch.tensor([*np.geomspace(recipe.levels[0], 0.1, 4), 0.0])
     theirs = recipe_sampler(recipe)(
         k_model,
-        noise * grid[0].sigma / grid[0].alpha,
+        noise * float(sigmas[0]),
         sigmas,
         {"scale": 1.0},
         lambda step: seen.append(step["i"]),
