@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import golden_files
 import pytest
 
@@ -14,6 +16,13 @@ def golden() -> golden_files.Golden:
     exists: ``golden_files.load().names("unipc")`` after ``import golden_files``.
     """
     return golden_files.load()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run, in whatever order the tests come."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(
     )
     deadline = time.monotonic() + 60
     while (
-        len(list(out.glob("chunks/*/*.safetensors"))) < 3
+        not list(out.glob("chunks/*/*.safetensors"))
         and time.monotonic() < deadline
         and process.poll() is None
     ):

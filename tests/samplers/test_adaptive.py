@@ -213,7 +213,7 @@ def test_the_state_keeps_its_type(dtype: torch.dtype) -> None:
         ({"accept_safety": 1.5}, "'accept_safety' .* > 0 and <= 1, got 1.5"),
         ({"pcoeff": math.nan}, "'pcoeff' .* a number, got nan"),
         ({"eta": -1.0}, "'eta' .* a number >= 0"),
-        ({"noise": "pink"}, "noise must be 'white', 'brownian' or a source"),
+        ({"noise": "pink"}, "noise must be 'white', 'brownian', 'philox' or a source"),
         ({"seed": [1, 2]}, "2 seeds for a batch of 4"),
         ({"start": 0.1, "end": 0.2}, "strictly decreasing"),
         ({"end": -0.1}, "numbers >= 0"),

@@ -58,7 +58,10 @@ def test_specs_with_transforms_are_canonical():
         ("ghvb+heavy_ball", "those of 'ghvb' combine values derived from them"),
         ("unipc+dc", "needs exactly one of ratios, file and cascade"),
         ("unipc+dc:ratios=1/1/1.1", "has 3 ratios for 8 evaluations"),
-        ("unipc+dc:cascade=sd2", "no cascade polynomial 'sd2'; allowed: sd21; did you mean 'sd21'"),
+        (
+            "unipc+dc:cascade=sd2",
+            "no cascade polynomial 'sd2'; allowed: sd21, or a .json file; did you mean 'sd21'",
+        ),
         ("unipc+dc:file=/nowhere/r.json", "cannot read the ratios of dc from '/nowhere/r.json'"),
         ("heun+dc:cascade=sd21", "one evaluation a step"),
         ("heun+restart:t_min=0.3,t_max=0.06", "0 < t_min < t_max"),
