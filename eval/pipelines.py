@@ -43,11 +43,11 @@ def load_model(name: str) -> EvalModel:
     Raises ValueError where it cannot be loaded, saying why, and for a kind of pipeline that is not known.
     """
     try:
-        import diffusers
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
         raise ValueError(f"{name!r}: a pipeline needs diffusers; pip install 'fewstep[diffusers]'") from None
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name)
+        pipe = DiffusionPipeline.from_pretrained(name)
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -117,7 +117,7 @@ def tune(
     console = Console(stderr=True, highlight=False, quiet=group.rank > 0)
     with _progress(console, trajectories * len(scales)) as told:
         if several:
-            spacing = {"schedule": schedule[0]} if schedule else {}
+            spacing = dict.fromkeys(["schedule"], *schedule) if schedule else {}
             found = cascade(target, budgets, scales, **spacing, **options, **told)
             if found is None:  # a rank above 0 of a launcher
                 return
