@@ -93,7 +93,7 @@ def tune(
     from .targets import load_target
     from .tuning import check, fit, read_eigenvalues
 
-    budgets = split_numbers(nfe, int, "--nfe")
+    budgets = list(split_numbers(nfe, int, "--nfe"))
     scales = _scales(guidance)
     several = len(budgets) > 1 or len(scales) > 1
     if several and method != "dc":
@@ -117,7 +117,7 @@ def tune(
     console = Console(stderr=True, highlight=False, quiet=group.rank > 0)
     with _progress(console, trajectories * len(scales)) as told:
         if several:
-            spacing = dict.fromkeys(["schedule"], *schedule) if schedule else {}
+            spacing = {"schedule": schedule[0]} if schedule else {}
             found = cascade(target, budgets, scales, **spacing, **options, **told)
             if found is None:  # a rank above 0 of a launcher
                 return

@@ -16,7 +16,6 @@ from tiny_pipelines import CASES, IMAGE
 from tiny_text import text_encoder
 
 import fewstep as fs
-from fewstep import FewStepScheduler
 from fewstep.eval.pipelines import PROMPTS, model_of
 from fewstep.guidance import parse
 from fewstep.hosts.k_diffusion import recipe_sampler
@@ -24,6 +23,7 @@ from fewstep.schedules import NoiseSchedule, TimeGrid, conversion, make_grid
 from fewstep.schedules.diffusers_config import source_of
 from fewstep.tuning import Recipe, schedule_digest, table_of
 
+FewStepScheduler: Any = fs.FewStepScheduler
 STEPS, SCALE, SAMPLES = 4, 2.0, 2
 
 
