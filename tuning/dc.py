@@ -6,6 +6,7 @@ https://arxiv.org/abs/2409.03755. The transform ``dc`` (samplers/compensation.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from .teacher import Source, Trajectories
 SOLVER = "unipc:order=3"
 """The host of the published searches."""
 ORDER = 2
-ITERATIONS, RATE, DECAY = 40, 0.1, 0.01
+ITERATIONS, RATE, DECAY, MOMENTS = 40, 0.1, 0.01, (0.9, 0.999)
 """Of AdamW, as published."""
 PUSH = 1e-3
 """Half the distance over which the derivative in a ratio is taken."""
@@ -151,13 +152,15 @@ class _Search:
         return float((x - unit(node) * self.truth.at(node)).square().mean())
 
     def best(self, formulas: Sequence[_Formula], iterations: int) -> float:
-        ratio = torch.ones(1, dtype=torch.float64)
-        optimizer = torch.optim.AdamW([ratio], lr=RATE, weight_decay=DECAY)
-        for _ in range(iterations):
-            low, high = (self.distance(self.step(formulas, float(ratio) + h)[0]) for h in (-PUSH, PUSH))
-            ratio.grad = torch.full_like(ratio, (high - low) / (2.0 * PUSH))
-            optimizer.step()
-        return float(ratio)
+        ratio, mean, square = 1.0, 0.0, 0.0
+        for k in range(1, iterations + 1):  # AdamW; torch's own takes five seconds to import
+            low, high = (self.distance(self.step(formulas, ratio + h)[0]) for h in (-PUSH, PUSH))
+            slope = (high - low) / (2.0 * PUSH)
+            mean += (1.0 - MOMENTS[0]) * (slope - mean)
+            square += (1.0 - MOMENTS[1]) * (slope**2 - square)
+            size = math.sqrt(square / (1.0 - MOMENTS[1] ** k)) + 1e-8
+            ratio -= RATE * (mean / (1.0 - MOMENTS[0] ** k) / size + DECAY * ratio)
+        return ratio
 
     def go(self, formulas: Sequence[_Formula], ratio: float) -> None:
         """Take the step."""

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_cases import LATENT
+from tiny_cases import LATENT, diffusers
 from tiny_pipelines import CASES, IMAGE
 from tiny_text import text_encoder
 
 import fewstep as fs
-from fewstep import FewStepScheduler
 from fewstep.eval.pipelines import PROMPTS, model_of
 from fewstep.guidance import parse
 from fewstep.hosts.k_diffusion import recipe_sampler
 from fewstep.schedules import NoiseSchedule, TimeGrid, conversion, make_grid
+from fewstep.schedules.diffusers_config import source_of
 from fewstep.tuning import Recipe, schedule_digest, table_of
 
+FewStepScheduler: Any = fs.FewStepScheduler
 STEPS, SCALE, SAMPLES = 4, 2.0, 2
 
 
@@ -99,6 +100,25 @@ def one_result(
 
 def unit_noise(*shape: int) -> torch.Tensor:
     return torch.randn(SAMPLES, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("model", "spacing"),
+    [
+        ("DDIMScheduler", "arctan:sigma_max=4"),
+        ("EDMEulerScheduler", "karras:sigma_max=20"),
+        ("FlowMatchEulerDiscreteScheduler", "arctan"),
+    ],
+)
+def test_every_host_starts_from_the_same_noise(model, spacing):
+    native = getattr(diffusers, model)()
+    schedule = source_of(dict(native.config)).noise_schedule
+    recipe = recipe_for(schedule, spacing)
+    scheduler = FewStepScheduler.from_config(native.config, recipe=recipe)
+    scheduler.set_timesteps(STEPS)
+    size = recipe.init_noise_sigma(schedule)
+    assert scheduler.init_noise_sigma == pytest.approx(size, rel=1e-6)
+    assert size == pytest.approx(recipe.levels[0] if schedule.frame == "edm" else 1.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "arctan:sigma_max=4"])

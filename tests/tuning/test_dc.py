@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.eval.cli import main
 from fewstep.eval.models import MixtureDenoiser, initial_noise
 from fewstep.eval.targets import load_target
 from fewstep.eval.tuning import source_of
@@ -66,37 +67,6 @@ def test_the_published_search_finds_its_ratios(golden):
         np.testing.assert_allclose(found, case["dc_ratios"], rtol=0, atol=case.tol)
 
 
-def test_compensation_is_nearer_than_unipc_under_guidance():
-    """The published direction, on fresh noise."""
-    source = source_of(load_target("builtin:digits-unet"), 4.0)
-    truth, fresh = solve(source, range(1000, 1010), 60), solve(source, range(10), 60)
-    grid = make_grid(source.noise_schedule, 5, "trailing")
-    ratios = search_ratios(source, truth, grid, iterations=12)
-    assert ratios[:2] == (1.0, 1.0) and 1.0 not in ratios[2:]
-    assert error(table_of(spec_of(ratios), grid), source, fresh) < error(
-        table_of("unipc:order=3", grid), source, fresh
-    )
-
-
-def test_a_solver_that_cannot_be_compensated_is_refused():
-    source = source_of(load_target("builtin:gmm"))
-    truth = solve(source, range(8), 20)
-    grid = make_grid(source.noise_schedule, 4, "karras")
-    with pytest.raises(ValueError, match="needs one evaluation a step"):
-        search_ratios(source, truth, grid, solver="heun")
-
-
-@pytest.mark.parametrize("scale", [2.0, 7.5])
-@pytest.mark.parametrize("nfe", [6, 9])
-def test_the_polynomial_predicts_cells_that_it_has_not_seen(nfe, scale):
-    """Of ratios that follow the published polynomial exactly, it is found again."""
-    cells = [(n, w) for n in (5, 7, 8, 10, 12) for w in (1.5, 3.0, 5.0, 10.0) if (n, w) != (nfe, scale)]
-    published_ratios = {(n, w): cascade_ratios(CASCADES["sd21"], w, n) for n, w in cells}
-    coefficients = fit_cascade(published_ratios)
-    expected = cascade_ratios(CASCADES["sd21"], scale, nfe)
-    np.testing.assert_allclose(cascade_ratios(coefficients, scale, nfe), expected, rtol=0, atol=1e-6)
-
-
 def guided_mixture(scale: float) -> Source:
     """Four Gaussians in 16 dimensions under guidance; sample i is of mode i mod 4."""
     schedule = fs.schedules.VP.linear()
@@ -119,6 +89,37 @@ def guided_mixture(scale: float) -> Source:
         return parse(scale).bind(fs.Denoiser(one, schedule, "denoised", unconditional=every))
 
     return Source(bind, lambda indices: initial_noise(indices, (16,)).double(), schedule)
+
+
+def test_compensation_is_nearer_than_unipc_under_guidance():
+    """The published direction, on fresh noise."""
+    source = guided_mixture(3.0)
+    truth, fresh = solve(source, range(1000, 1010), 60), solve(source, range(64), 80)
+    for nfe in (5, 6, 8, 10):
+        grid = make_grid(source.noise_schedule, nfe, "arctan")
+        ratios = search_ratios(source, truth, grid, iterations=12)
+        assert ratios[:2] == (1.0, 1.0) and 1.0 not in ratios[2:]
+        found, unipc = (error(table_of(s, grid), source, fresh) for s in (spec_of(ratios), "unipc:order=3"))
+        assert found < unipc
+
+
+def test_a_solver_that_cannot_be_compensated_is_refused():
+    source = source_of(load_target("builtin:gmm"))
+    truth = solve(source, range(8), 20)
+    grid = make_grid(source.noise_schedule, 4, "karras")
+    with pytest.raises(ValueError, match="needs one evaluation a step"):
+        search_ratios(source, truth, grid, solver="heun")
+
+
+@pytest.mark.parametrize("scale", [2.0, 7.5])
+@pytest.mark.parametrize("nfe", [6, 9])
+def test_the_polynomial_predicts_cells_that_it_has_not_seen(nfe, scale):
+    """Of ratios that follow the published polynomial exactly, it is found again."""
+    cells = [(n, w) for n in (5, 7, 8, 10, 12) for w in (1.5, 3.0, 5.0, 10.0) if (n, w) != (nfe, scale)]
+    published_ratios = {(n, w): cascade_ratios(CASCADES["sd21"], w, n) for n, w in cells}
+    coefficients = fit_cascade(published_ratios)
+    expected = cascade_ratios(CASCADES["sd21"], scale, nfe)
+    np.testing.assert_allclose(cascade_ratios(coefficients, scale, nfe), expected, rtol=0, atol=1e-6)
 
 
 def test_the_polynomial_predicts_ratios_that_no_search_has_seen():
@@ -147,6 +148,38 @@ def test_a_fitted_polynomial_runs_from_its_file(tmp_path):
     published = table_of("unipc:order=3+dc:cascade=sd21,guidance=5", grid)
     for row, other in zip(fitted.rows, published.rows):
         np.testing.assert_allclose(row, other, atol=1e-6)
+
+
+def test_the_command_fits_a_polynomial(tmp_path, capsys):
+    """All cells on one spacing, and the file runs."""
+    model, out = "builtin:digits-exact:conditional=true", tmp_path / "cascade.json"
+    command = [
+        "tune",
+        "--model",
+        model,
+        "--nfe",
+        "3,4",
+        "--method",
+        "dc",
+        "--guidance",
+        "2,4",
+        "-o",
+        str(out),
+    ]
+    assert main([*command, "--trajectories", "8", "--teacher-steps", "16", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(c["nfe"], c["guidance"]) for c in printed["cells"]] == [(3, 2.0), (4, 2.0), (3, 4.0), (4, 4.0)]
+    assert all(
+        len(c["ratios"]) == c["nfe"] and c["errors"].keys() == {"held_out", "fixed"} for c in printed["cells"]
+    )
+    assert printed["schedule"] == "arctan" and printed == json.loads(out.read_text())
+    table_of(f"unipc:order=3+dc:cascade={out},guidance=3", make_grid(fs.schedules.VP.linear(), 4, "arctan"))
+    for more, words in (
+        (["--schedule", "karras", "--schedule", "arctan"], "go with one --schedule"),
+        (["--guidance", "apg:3"], "needs numbers, got --guidance 'apg:3'"),
+    ):
+        assert main([*command, *more]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
