@@ -29,13 +29,17 @@ class Predictor(Protocol):
 class Denoiser:
     """A network with what is needed to sample from it.
 
-    Args: fn: ``fn(x, t) -> output``; x of shape (B, ...), t float32 of shape (B,): the training index for VP
-    schedules, sigma for EDM, sigma in [0, 1] for flow models. The output has the shape of x. noise_schedule: one of
-    :mod:`fewstep.schedules`. prediction: what the output is: ``"epsilon"``, ``"denoised"``, ``"v"`` or ``"flow"``.
-    shape: shape of one sample, checked against the start state if given. unconditional: a second network of the same
-    form without the condition, for guidance. condition: the condition as a tensor of shape (B, ...), for guidance
-    that changes it (CADS); fn is then called as ``fn(x, t, condition)``. branches: further networks of the form
-    ``network(x, t)`` by the name of the guidance that asks for them, such as ``{"autoguidance": weak_network}``.
+    Args:
+        fn: ``fn(x, t) -> output``; x of shape (B, ...), t float32 of shape (B,): the training index for VP schedules,
+            sigma for EDM, sigma in [0, 1] for flow models. The output has the shape of x.
+        noise_schedule: one of :mod:`fewstep.schedules`.
+        prediction: what the output is: ``"epsilon"``, ``"denoised"``, ``"v"`` or ``"flow"``.
+        shape: shape of one sample, checked against the start state if given.
+        unconditional: a second network of the same form without the condition, for guidance.
+        condition: the condition as a tensor of shape (B, ...), for guidance that changes it (CADS); fn is then called
+            as ``fn(x, t, condition)``.
+        branches: further networks of the form ``network(x, t)`` by the name of the guidance that asks for them, such
+            as ``{"autoguidance": weak_network}``.
 
     ``nfe`` counts evaluations: one sample through one network once. Raises ValueError for an unknown prediction and
     TypeError for a network that cannot be called.
@@ -45,7 +49,7 @@ class Denoiser:
         self,
         fn: Network,
         noise_schedule: NoiseSchedule,
-        prediction: Prediction,
+        prediction: Prediction = "epsilon",
         shape: Sequence[int] | None = None,
         unconditional: Network | None = None,
         *,
