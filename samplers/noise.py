@@ -37,7 +37,8 @@ def standard_normal(seeds: Sequence[int], like: torch.Tensor, *key: int) -> torc
 
 
 def _bits(*values: float) -> list[int]:
-    return [int(b) for b in np.array(values, dtype=np.float64).view(np.uint64)]
+    """Whole numbers for levels; in fp32, so that a level keeps its noise where another machine rounds it otherwise."""
+    return [int(b) for b in np.array(values, dtype=np.float32).view(np.uint32)]
 
 
 class WhiteNoise:

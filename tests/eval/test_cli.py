@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(
         assert process.returncode == 130
         assert error.strip() == "interrupted; run the same command to go on"
     done = len(list(out.glob("chunks/*/*.safetensors")))
-    assert 3 <= done < len(list(folder.glob("chunks/*/*.safetensors")))
+    assert 0 < done < len(list(folder.glob("chunks/*/*.safetensors")))
     assert main([*EVAL, "-o", str(out)]) == 0
     assert numbers(out) == numbers(folder)
     assert (out / "samples.jsonl").read_bytes() == (folder / "samples.jsonl").read_bytes()

@@ -316,7 +316,7 @@ def test_mcg_ends_on_the_measurement():
 
 
 def test_dps_brings_the_sample_to_the_measurement():
-    x, y = noise(8, 2), noise(8, 1, seed=4)
+    x, y = noise(64, 2), noise(64, 1, seed=4)
 
     def operator(x):
         return x[:, :1] + x[:, 1:]
