@@ -287,12 +287,13 @@ def test_without_diffusers_the_message_says_what_to_install(tmp_path: Path) -> N
 import sys
 sys.modules["diffusers"] = None
 import fewstep
-try:
-    fewstep.FewStepScheduler
-except ImportError as error:
-    assert "fewstep[diffusers]" in str(error), error
-else:
-    raise SystemExit("no error")
+for name in ("FewStepScheduler", "guide", "GuidanceNotApplied"):
+    try:
+        getattr(fewstep, name)
+    except ImportError as error:
+        assert "fewstep[diffusers]" in str(error), error
+    else:
+        raise SystemExit("no error")
 """
     python(code, tmp_path)
 
