@@ -1,13 +1,14 @@
 """Every spacing and every search for levels, on the embedded models.
 
-    python benchmarks/schedules.py [--models gmm digits-exact ...] [--nfe 4 5 ...] [--out FILE]
+    python benchmarks/schedules.py [--models gmm digits-exact ...] [--nfe 4 5 ...] [--again ays ...] [--out FILE]
     python benchmarks/schedules.py --table                  # what docs/schedules.md shows, from the file
 
 Two tables. ``cells``: RMS distance per element to the converged solution from the same noise, 64 samples that no search
 has seen, with the default solver and DPM-Solver++(2M); searches see 32 other trajectories. ``stochastic``: what
 Align Your Steps is derived for, the Frechet distance between the moments of the data and of 2,048 samples of a
 stochastic solver; its early stop looks at 512 others. Cells are written as they are done; those that the file holds
-already are not repeated. What needs another noise schedule (published tables) is left out.
+are not repeated, but ``--again`` runs some searches once more in each. What needs another noise schedule (published
+tables) is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--nfe", nargs="+", type=int, default=NFES)
+    parser.add_argument("--again", nargs="+", default=[], metavar="SEARCH", help="run these once more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "schedules.json")
     parser.add_argument("--table", action="store_true", help="print the tables of the file and stop")
     args = parser.parse_args()
@@ -62,9 +64,10 @@ def main() -> None:
     for name in args.models:
         target = load_target(f"builtin:{name}")
         for table, rows in (("cells", cells), ("stochastic", stochastic)):
-            done = {(c["model"], c["nfe"], c["solver"]) for c in tables[table]}
-            for found in rows(target, name, args.nfe, done):
-                tables[table] += found
+            done = set() if args.again else {key(r)[:3] for r in tables[table]}
+            for found in rows(target, name, args.nfe, done, args.again):
+                new = {key(r) for r in found}
+                tables[table] = [r for r in tables[table] if key(r) not in new] + found
                 write(args.out, tables)
                 first = found[0]
                 best = sorted(found, key=lambda r: r["error"])[:4]
@@ -75,8 +78,15 @@ def main() -> None:
                 )
 
 
-def cells(target: Target, name: str, nfes: list[int], done: set) -> Iterator[list[Row]]:
-    """All schedules of one model, solver and number of evaluations at a time."""
+def key(row: Row) -> tuple:
+    """What a row is of: model, evaluations and solver (the cell), schedule."""
+    return row["model"], row["nfe"], row["solver"], row.get("kind"), row["schedule"]
+
+
+def cells(
+    target: Target, name: str, nfes: list[int], done: set, only: Sequence[str] = ()
+) -> Iterator[list[Row]]:
+    """All schedules, or some searches, of one model, solver and number of evaluations at a time."""
     wanted = [(n, s) for n in nfes for s in SOLVERS if (name, n, s) not in done]
     if not wanted:
         return
@@ -84,7 +94,7 @@ def cells(target: Target, name: str, nfes: list[int], done: set) -> Iterator[lis
     truth, fresh = solve(source, list(seeds(TRAJECTORIES, 0))), solve(source, range(SAMPLES), 240)
     for nfe, solver in wanted:
         rows = []
-        for kind, schedule, grid, seconds in grids(target, source, truth, nfe, solver):
+        for kind, schedule, grid, seconds in grids(target, source, truth, nfe, solver, only):
             error = distance(solver, grid, source, fresh)
             row: Row = {"model": name, "nfe": nfe, "solver": solver, "kind": kind, "schedule": schedule}
             levels = [round(float(k), 6) for k in grid.level]
@@ -93,11 +103,11 @@ def cells(target: Target, name: str, nfes: list[int], done: set) -> Iterator[lis
 
 
 def grids(
-    target: Target, source: Source, truth: Trajectories, nfe: int, solver: str
+    target: Target, source: Source, truth: Trajectories, nfe: int, solver: str, only: Sequence[str]
 ) -> Iterator[tuple[str, str, TimeGrid, float]]:
     """(kind, name, grid, seconds that it took to find it) of everything that fits the model."""
     noise = source.noise_schedule
-    for spacing in schedules():
+    for spacing in () if only else schedules():
         try:
             yield "spacing", spacing, make_grid(noise, nfe, spacing), 0.0
         except ValueError:
@@ -109,6 +119,8 @@ def grids(
     if len(shape) == 3:
         found["power_law"] = lambda: from_spectrum(noise, nfe, power_law(shape), solver=solver)
     for name, levels in found.items():
+        if only and name not in only:
+            continue
         began = time.perf_counter()
         grid = TimeGrid.from_levels(noise, levels())
         yield "search", name, grid, time.perf_counter() - began
@@ -126,10 +138,14 @@ def distance(solver: str, grid: TimeGrid, source: Source, fresh: Trajectories) -
     return float((states[-1] - fresh.result).double().square().mean().sqrt())
 
 
-def stochastic(target: Target, name: str, nfes: list[int], done: set) -> Iterator[list[Row]]:
+def stochastic(
+    target: Target, name: str, nfes: list[int], done: set, only: Sequence[str] = ()
+) -> Iterator[list[Row]]:
     """Frechet distance of stochastic solvers on the closed-form models, whose data can be drawn."""
     model = target.model
     wanted = [(n, s) for n in (10, 20) for s in STOCHASTIC if (name, n, s) not in done]
+    if only and "ays" not in only:
+        return
     if not wanted or model is None or not model.truth_is_exact or model.reference is None:
         return
     source, noise, indices = source_of(target), target.noise_schedule, list(range(MANY))

@@ -63,10 +63,12 @@ def group() -> Group:
     """The group that the environment names (``RANK``, ``WORLD_SIZE``)."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Group()
+    import torch
     from accelerate import PartialState
 
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # torch.accelerator is of 2.6
+    # Without an accelerator every rank would take itself for the only process, unless told to be on the CPU.
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not accelerator.is_available()
     # Ranks meet only at the start, but one may load its model for long.
-    state = PartialState(
-        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", timeout=timedelta(hours=2)
-    )
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))
     return Group(state.process_index, state.num_processes, state)

@@ -39,8 +39,10 @@ PATIENCE = 3
 """Sweeps without a better result after which the search stops early."""
 BASE = 10
 """Steps of the grid that is searched as a whole; larger ones are made of it by doubling."""
-STARTS = ("karras", "linspace")
-"""Where the search begins, as the authors do for models of continuous and of discrete time."""
+STARTS = ("karras", "linspace", "arctan")
+"""Where the search begins: as the authors do for models of continuous and of discrete time, and the default here.
+
+Stopped early it never ends at levels that are worse on the trajectories than any of these."""
 ENDS = (0.0, 0.02, 0.05, 0.1)
 """Where the bound ends: at the cleanest trained level or these. It grows without limit as the end goes to 0."""
 
