@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .lazy import loaded
+
 if TYPE_CHECKING:
     from .diffusers_scheduler import FewStepScheduler, FewStepSchedulerOutput
 
@@ -18,14 +20,4 @@ _SHOWN = {*__all__, "SchedulerMixin"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _SHOWN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from . import diffusers_scheduler
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "diffusers":
-            raise
-        raise ImportError(
-            f"{name} needs diffusers: pip install 'fewstep[diffusers]'", name="diffusers"
-        ) from error
-    return getattr(diffusers_scheduler, name)
+    return loaded(f"{__package__}.diffusers_scheduler", __name__, _SHOWN, name)

@@ -52,13 +52,8 @@ def _(
 
 
 def compiled_step(
-    handle: int, output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool
-) -> Any:
+    handle: int, output: torch.Tensor, timestep: Any, sample: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``step`` is while it is compiled."""
     at = timestep if isinstance(timestep, torch.Tensor) else torch.tensor(timestep)
-    previous, denoised = _operator(handle, output, at, sample)
-    if return_dict:
-        from .diffusers_run import FewStepSchedulerOutput
-
-        return FewStepSchedulerOutput(previous, denoised)
-    return previous, denoised
+    return _operator(handle, output, at, sample)

@@ -74,7 +74,8 @@ class Stepping(PerThread):
         if torch.compiler.is_compiling():
             if generator is not None or variance_noise is not None or pred_original_sample is not None or eta:
                 raise ValueError("a compiled step takes model_output, timestep, sample and return_dict")
-            return compiled_step(self._handle, model_output, timestep, sample, return_dict)
+            previous, denoised = compiled_step(self._handle, model_output, timestep, sample)
+            return FewStepSchedulerOutput(previous, denoised) if return_dict else (previous, denoised)
         if other:
             self._ignored(other)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..lazy import loaded
+
 if TYPE_CHECKING:
     from .attach import GuidanceNotApplied, guide
 
@@ -11,14 +13,4 @@ __all__ = ["GuidanceNotApplied", "guide"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from . import attach
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "diffusers":
-            raise
-        raise ImportError(
-            f"{name} needs diffusers: pip install 'fewstep[diffusers]'", name="diffusers"
-        ) from error
-    return getattr(attach, name)
+    return loaded(f"{__name__}.attach", __name__, __all__, name)
