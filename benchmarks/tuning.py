@@ -1,22 +1,27 @@
 """Tuned recipes against every diffusers scheduler with its best spacing in each cell, on noise that no fit has seen.
 
-    python benchmarks/tuning.py [--samples 64] [--models gmm digits-exact ...] [--nfe 4 5 ...] [--figure FILE.png]
+    python benchmarks/tuning.py [--samples N] [--models gmm digits-exact ...] [--nfe 4 5 ...] [--figure FILE.png]
+    python benchmarks/tuning.py --table                     # what docs/tuning.md shows, from the file
 
 For every embedded model and number of evaluations ``fewstep tune`` runs with its defaults (32 trajectories); the figure
-is the RMS distance per element to the converged solution from the same noise. ``NAME@W`` is guidance of scale W. Where
-the model has a feature network, the Frechet distances of recipe and best peer to the real images are measured on
-``--frechet`` samples, with the interval of their paired difference. Cells are written as they are done; those that the
-file holds already are not repeated, and with ``--again`` only the search for their best peer is not.
+is the RMS distance per element to the converged solution from the same noise: of 512 samples where the model is a
+formula (few end elsewhere and are most of the error), 64 of a network. ``NAME@W`` is guidance of scale W. Where the
+model has a feature network, the Frechet distances of recipe and best peer are measured on ``--frechet`` samples, to the
+real images and to those of the converged solution from other noise, with the intervals of the paired differences.
+Cells are written as they are done; those that the file holds already are not repeated, and with ``--again`` only the
+search for their best peer is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +33,23 @@ import fewstep as fs
 from fewstep.eval.metrics import Moments, frechet_interval, jackknife, to_uint8
 from fewstep.eval.models import EvalModel
 from fewstep.eval.targets import Target, load_target
-from fewstep.eval.tuning import fit
+from fewstep.eval.tuning import TEACHER_STEPS, fit
 from fewstep.tuning import Recipe
 
 MODELS = ["gmm", "gmm:noise=edm", "gmm:noise=flow", "digits-exact", "digits-unet", "digits-unet@3"]
 NFES = [4, 5, 6, 8, 10]
 BATCH = 100
+CONVERGED = "unipc:order=3,lower_order_final=false"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, help="of a cell; 512 of formulas, 64 of networks")
     parser.add_argument("--frechet", type=int, default=500)
+    parser.add_argument("--trajectories", type=int, default=32)
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--nfe", nargs="+", type=int, default=NFES)
     parser.add_argument("--again", action="store_true", help="Fit cells again that are in the file.")
@@ -49,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--figure", type=Path, help="Draw the cells that are in the file, and do nothing else."
     )
+    parser.add_argument("--table", action="store_true", help="print the tables of the file and stop")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tuning.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -56,24 +65,25 @@ def main() -> None:
     cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else []
     if args.figure:
         return draw(cells, args.figure)
+    if args.table:
+        return print(markdown(cells))
     began = time.monotonic()
     for name in args.models:
         spec, _, scale = name.partition("@")
         w, target = (float(scale) if scale else None), load_target(f"builtin:{spec}")
-        truth = None
+        samples, truth = args.samples or (512 if target.model.truth_is_exact else 64), None
         for nfe in args.nfe:
-            known = next(
-                (c for c in cells if (c["model"], c["nfe"], c["samples"]) == (name, nfe, args.samples)), None
-            )
+            before = next((c for c in cells if (c["model"], c["nfe"]) == (name, nfe)), None)
+            known = before if before and before["samples"] == samples else None
             if (known and not args.again) or time.monotonic() - began > 60 * args.minutes:
                 continue
-            indices = list(range(args.samples))
             if truth is None:
-                truth = sampled(
-                    target.model, indices, w, solver="unipc:order=3,lower_order_final=false", steps=300
-                )
-            cell = measured(target, name, nfe, w, truth, args.frechet, known)
-            cells = [c for c in cells if c is not known] + [cell]
+                truth = sampled(target.model, list(range(samples)), w, solver=CONVERGED, steps=300)
+            fitted = functools.partial(
+                fit, target, nfe, trajectories=args.trajectories, teacher_steps=args.teacher_steps
+            )
+            cell = measured(target, name, nfe, w, truth, args.frechet, known, fitted)
+            cells = [c for c in cells if c is not before] + [cell]
             cells.sort(key=lambda c: (MODELS.index(c["model"]) if c["model"] in MODELS else 99, c["nfe"]))
             write(args.out, cells)
     print(f"geometric mean of {len(cells)} cells: {mean(cells):.3f}")
@@ -102,6 +112,7 @@ def measured(
     truth: torch.Tensor,
     frechet: int,
     known: dict | None,
+    fit: Callable[..., Recipe | None],
 ) -> dict[str, Any]:
     """One cell."""
     model, indices = target.model, list(range(len(truth)))
@@ -111,7 +122,7 @@ def measured(
         peer, peers = best_peer(model, indices, w, nfe, truth)
         distance, count = peers[peer], len(peers)
     began, cpu = time.perf_counter(), time.process_time()
-    recipe = fit(target, nfe, guidance=w)
+    recipe = fit(guidance=w)
     assert recipe is not None
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     apart = (sampled(model, indices, w, recipe) - truth).flatten(1).square().mean(1).sqrt()
@@ -146,10 +157,9 @@ def measured(
 def distances(
     target: Target, recipe: Recipe, peer: str, nfe: int, w: float | None, count: int
 ) -> dict[str, Any]:
-    """Frechet distances to the real images of the recipe and the peer, and of their paired difference the interval."""
+    """Frechet distances of recipe and peer, and of their paired differences the intervals."""
     assert target.features is not None
     model = target.model
-    reference = Moments.of(target.features(target.features.reference_images())[0])
     named = {
         f"{cls.replace('Scheduler', '')} {label}": (cls, config)
         for cls, label, config in spacings(model.noise_schedule.frame)
@@ -159,15 +169,30 @@ def distances(
         indices = list(range(first, min(first + BATCH, count)))
         parts["recipe"].append(sampled(model, indices, w, recipe))
         parts["peer"].append(run_peer(*named[peer], model, indices, w, nfe))
-    found = {
-        who: jackknife(target.features(to_uint8(torch.cat(some).numpy()))[0], reference)
-        for who, some in parts.items()
-    }
-    difference = frechet_interval(found["recipe"], found["peer"])
+    features = {who: target.features(to_uint8(torch.cat(some).numpy()))[0] for who, some in parts.items()}
+    cell: dict[str, Any] = {"samples": count}
+    for reference, moments in references(target, w).items():
+        found = {who: jackknife(values, moments) for who, values in features.items()}
+        difference = frechet_interval(found["recipe"], found["peer"])
+        cell[reference] = {
+            **{who: round(value.value, 3) for who, value in found.items()},
+            "difference": [round(float(v), 3) for v in (difference.value, difference.low, difference.high)],
+        }
+    return cell
+
+
+@functools.cache
+def references(target: Target, w: float | None) -> dict[str, Moments]:
+    """Real images, and a thousand of the converged solution from noise that nothing else here starts from."""
+    assert target.features is not None
+    images = [
+        sampled(target.model, list(range(i, i + BATCH)), w, solver=CONVERGED, steps=40)
+        for i in range(100_000, 101_000, BATCH)
+    ]
+    converged = to_uint8(torch.cat(images).numpy())
     return {
-        "samples": count,
-        **{who: round(value.value, 3) for who, value in found.items()},
-        "difference": [round(float(v), 3) for v in (difference.value, difference.low, difference.high)],
+        "real": Moments.of(target.features(target.features.reference_images())[0]),
+        "converged": Moments.of(target.features(converged)[0]),
     }
 
 
@@ -181,6 +206,37 @@ def write(out: Path, cells: list[dict]) -> None:
     rows = ",\n  ".join(json.dumps(c) for c in cells)
     head = json.dumps({"geometric_mean": mean(cells), "machine": machine, **versions})[:-1]
     out.write_text(f'{head},\n "cells": [\n  {rows}\n ]}}\n')
+
+
+def markdown(cells: list[dict]) -> str:
+    """The ratios, a model a row, and the Frechet distances."""
+    lines = [
+        "| | " + " | ".join(f"NFE {n}" if n == NFES[0] else str(n) for n in NFES) + " |",
+        "|---" * 6 + "|",
+    ]
+    for model in dict.fromkeys(c["model"] for c in cells):
+        ratios = {c["nfe"]: f"{c['ratio']:.2f}" for c in cells if c["model"] == model}
+        lines.append(f"| {model} | " + " | ".join(ratios.get(n, "") for n in NFES) + " |")
+    worst = max(cells, key=lambda c: c["ratio"])
+    seconds = [c["cpu_seconds"] for c in cells]
+    lines += [
+        "",
+        f"Geometric mean {mean(cells):.3f}; worst {worst['ratio']:.2f} ({worst['model']}, NFE {worst['nfe']}); "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s of processor.",
+        "",
+        "| | recipe | best peer | difference | to the converged: recipe | best peer | difference |",
+        "|---" * 7 + "|",
+    ]
+    for c in cells:
+        if "frechet" in c:
+            row = []
+            for reference in ("real", "converged"):
+                found = c["frechet"][reference]
+                value, low, high = found["difference"]
+                row += [f"{found['recipe']:.2f}", f"{found['peer']:.2f}"]
+                row.append(f"{value:+.2f} ({low:+.2f} to {high:+.2f})")
+            lines.append(f"| {c['model']}, NFE {c['nfe']} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def draw(cells: list[dict], file: Path) -> None:

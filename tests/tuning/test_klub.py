@@ -149,7 +149,7 @@ def test_it_beats_the_hand_made_schedules(problem, solver):
         found = error(
             student(solver, align_your_steps(source, truth, nfe, solver=solver), source), source, fresh
         )
-        for name in ("karras", "exponential", "linspace", "trailing", "kl_optimal"):
+        for name in ("karras", "exponential", "linspace", "trailing", "kl_optimal", "arctan"):
             grid = make_grid(source.noise_schedule, nfe, name)
             assert found < error(table_of(solver, grid), source, fresh), name
 
