@@ -31,6 +31,17 @@ EVAL = [
 ]
 
 
+LONGER = [*EVAL[:-6], "-n", "24", "--chunk", "2", "-p", "1"]
+"""The same in 12 chunks a cell: long enough to be killed on the way, however busy the machine is."""
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "results"
+    assert main([*LONGER, "-o", str(path)]) == 0
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "results"
@@ -185,11 +196,11 @@ def test_explain_writes_picture_and_json(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(
-    stop: signal.Signals, folder: Path, tmp_path: Path
+    stop: signal.Signals, longer: Path, tmp_path: Path
 ) -> None:
     """Killed as soon as the first cell has a chunk, continued by the same command."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "fewstep.eval", *EVAL, "-o", str(out)]
+    command = [sys.executable, "-m", "fewstep.eval", *LONGER, "-o", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
@@ -207,8 +218,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(
         assert process.returncode == 130
         assert error.strip() == "interrupted; run the same command to go on"
     done = len(list(out.glob("chunks/*/*.safetensors")))
-    assert 0 < done < len(list(folder.glob("chunks/*/*.safetensors")))
-    assert main([*EVAL, "-o", str(out)]) == 0
-    assert numbers(out) == numbers(folder)
-    assert (out / "samples.jsonl").read_bytes() == (folder / "samples.jsonl").read_bytes()
+    assert 0 < done < len(list(longer.glob("chunks/*/*.safetensors")))
+    assert main([*LONGER, "-o", str(out)]) == 0
+    assert numbers(out) == numbers(longer)
+    assert (out / "samples.jsonl").read_bytes() == (longer / "samples.jsonl").read_bytes()
     assert not list(out.glob("**/.*.tmp"))
