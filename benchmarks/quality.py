@@ -23,7 +23,8 @@ import diffusers
 import torch
 
 import fewstep as fs
-from fewstep.eval.models import EvalModel, load_model
+from fewstep.eval.eval_model import EvalModel
+from fewstep.eval.models import load_model
 from fewstep.schedules import Node, conversion
 
 MODELS = ["gmm", "gmm:noise=edm", "gmm:noise=flow", "digits-exact", "digits-unet", "digits-unet@2"]

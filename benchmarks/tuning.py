@@ -30,8 +30,8 @@ import torch
 from quality import best_peer, rms, run_peer, spacings
 
 import fewstep as fs
+from fewstep.eval.eval_model import EvalModel
 from fewstep.eval.metrics import Moments, frechet_interval, jackknife, to_uint8
-from fewstep.eval.models import EvalModel
 from fewstep.eval.targets import Target, load_target
 from fewstep.eval.tuning import TEACHER_STEPS, fit
 from fewstep.tuning import Recipe

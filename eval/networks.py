@@ -1,7 +1,7 @@
 """Two small networks on 8x8 images: a class-conditional noise predictor and a classifier that gives features.
 
 Both are plain torch and small enough for a CPU. ``examples/train_digits.py`` trains them,
-``fewstep.eval.models`` loads them.
+``fewstep.eval.digits`` loads them.
 
 =================  ==========================================  ==================
 network            map                                         parameters

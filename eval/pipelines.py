@@ -17,7 +17,7 @@ import torch
 from ..guidance import Denoiser
 from ..schedules import Node
 from ..schedules.diffusers_config import Source, source_of
-from .models import EvalModel
+from .eval_model import EvalModel
 
 PROMPTS = (
     "a photo of a red fox in the snow",

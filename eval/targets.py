@@ -13,7 +13,9 @@ import torch
 
 from ..guidance import Denoiser
 from ..schedules import NoiseSchedule
-from .models import MODELS, PREFIX, EvalModel, feature_network, load_model
+from .digits import feature_network
+from .eval_model import EvalModel
+from .models import MODELS, PREFIX, load_model
 
 SAMPLES = {"digits-exact": 1000, "digits-unet": 200}
 """Default number of samples a cell, chosen so that the whole default run takes well below two minutes on two cores."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fewstep import Denoiser, sample
-from fewstep.eval import models
-from fewstep.eval.models import EvalModel, load_model
+from fewstep.eval import digits, formulas
+from fewstep.eval.eval_model import EvalModel, initial_noise
+from fewstep.eval.models import MODELS, load_model
 from fewstep.eval.networks import NULL_CLASS, TRAIN_STEPS, DigitsUNet, log_levels
 from fewstep.schedules import VP
 
@@ -41,7 +42,7 @@ def smoothed_log_density(
 
 
 def training_images(label: int | None = None) -> torch.Tensor:
-    data = models.digits()
+    data = digits.digits()
     images, labels = data.images[data.train], data.labels[data.train]
     return (images if label is None else images[labels == label]).flatten(1).double()
 
@@ -121,7 +122,7 @@ def test_exact_references_come_from_the_data_distribution() -> None:
     torch.testing.assert_close(x.mean(0), centres.mean(0), rtol=0, atol=0.07)
     residual = torch.cdist(x, centres).min(1).values.square().mean() / 64
     assert residual.sqrt() == pytest.approx(0.15, rel=0.02)
-    labels = models.digits().labels[models.digits().train]
+    labels = digits.digits().labels[digits.digits().train]
     conditional = load_model("builtin:digits-exact:conditional=true").reference
     assert conditional is not None
     nearest = torch.cdist(conditional(range(200)).flatten(1).double(), centres).argmin(1)
@@ -144,7 +145,7 @@ def test_mixture_denoiser_against_autograd(noise: str) -> None:
     """Tweedie: E[x0 | x] = (x + sigma^2 grad log p_t(x)) / alpha, with p_t from torch.distributions."""
     model = load_model(f"builtin:gmm:noise={noise}")
     mixture = model.denoiser([0]).fn
-    assert isinstance(mixture, models.MixtureDenoiser)
+    assert isinstance(mixture, formulas.MixtureDenoiser)
     levels = model.noise_schedule.level_at_ratio(np.array([0.01, 0.3, 1.0, 4.0, 60.0]))
     times = torch.from_numpy(model.noise_schedule.time(levels))
     x, alpha, sigma = states(model, times)
@@ -164,7 +165,7 @@ def test_mixture_limits() -> None:
     """No noise: the state itself. No signal: the mean of the data. Neither is a division by zero."""
     model = load_model("builtin:gmm:noise=flow")
     mixture = model.denoiser([0]).fn
-    assert isinstance(mixture, models.MixtureDenoiser)
+    assert isinstance(mixture, formulas.MixtureDenoiser)
     x = model.noise(range(3))
     torch.testing.assert_close(mixture(x, torch.zeros(3)), x)
     mean = mixture.weights @ mixture.means
@@ -174,7 +175,7 @@ def test_mixture_limits() -> None:
 def test_mixture_references_have_its_moments() -> None:
     model = load_model("builtin:gmm")
     mixture = model.denoiser([0]).fn
-    assert isinstance(mixture, models.MixtureDenoiser) and model.reference is not None
+    assert isinstance(mixture, formulas.MixtureDenoiser) and model.reference is not None
     x = model.reference(range(6000))
     mean = mixture.weights @ mixture.means
     variance = mixture.weights @ (mixture.variances + mixture.means**2) - mean**2
@@ -198,7 +199,7 @@ def test_noise_does_not_depend_on_batches(name: str) -> None:
 
 
 def test_noise_is_standard_normal_and_not_the_references() -> None:
-    noise = models.initial_noise(range(2000), (64,))
+    noise = initial_noise(range(2000), (64,))
     assert noise.mean().abs() < 0.02 and noise.var() == pytest.approx(1, abs=0.02)
     model = load_model("builtin:digits-exact")
     assert model.reference is not None
@@ -211,7 +212,7 @@ def test_noise_is_standard_normal_and_not_the_references() -> None:
 
 
 def test_data_is_complete_and_split() -> None:
-    data = models.digits()
+    data = digits.digits()
     assert data.images.shape == (1797, 1, 8, 8) and len(data.train) == 1400 and len(data.held_out) == 397
     assert sorted([*data.train.tolist(), *data.held_out.tolist()]) == list(range(1797))
     assert torch.equal((data.images + 1) * 8, ((data.images + 1) * 8).round())
@@ -221,15 +222,15 @@ def test_data_is_complete_and_split() -> None:
 
 @pytest.mark.parametrize("file", ["digits-unet.safetensors", "digits-features.safetensors"])
 def test_weights_name_the_data_they_were_trained_on(file: str) -> None:
-    metadata = models.metadata(file)
-    data = models.DATA / metadata["data"]
+    metadata = digits.metadata(file)
+    data = digits.DATA / metadata["data"]
     assert metadata["data_sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert metadata["seed"] == 0 and metadata["recipe"]["steps"] > 0
 
 
 def test_package_data_is_small_and_licensed() -> None:
     files = [
-        models.DATA / f
+        digits.DATA / f
         for f in ("digits.npz", "digits-unet.safetensors", "digits-features.safetensors", "NOTICE")
     ]
     assert sum(f.stat().st_size for f in files) < 1_000_000
@@ -239,19 +240,19 @@ def test_package_data_is_small_and_licensed() -> None:
 
 
 def test_classifier_knows_held_out_digits() -> None:
-    data, network = models.digits(), models.feature_network()
+    data, network = digits.digits(), digits.feature_network()
     right = network.logits(data.images[data.held_out]).argmax(1) == data.labels[data.held_out]
     assert right.double().mean().item() >= 0.97
-    recorded = models.metadata("digits-features.safetensors")["accuracy_held_out"]
+    recorded = digits.metadata("digits-features.safetensors")["accuracy_held_out"]
     assert right.double().mean().item() == pytest.approx(recorded, abs=0.006)
     features = network.features(data.images[:70])
     assert features.shape == (70, network.dimension) and features.isfinite().all()
-    file = models.DATA / "digits-features.safetensors"
+    file = digits.DATA / "digits-features.safetensors"
     assert network.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_unet_predicts_the_noise_of_held_out_digits() -> None:
-    data, network = models.digits(), models.digits_network()
+    data, network = digits.digits(), digits.digits_network()
     generator = torch.Generator().manual_seed(0)
     i = data.held_out.repeat(2)
     t = (torch.randperm(len(i), generator=generator) + 0.5) / len(i) * (TRAIN_STEPS - 1)
@@ -285,7 +286,7 @@ def test_unet_does_not_depend_on_batches() -> None:
 @pytest.mark.parametrize("name", ["digits-exact", "digits-unet", "gmm"])
 def test_gradients_after_a_first_call_in_inference_mode(name: str) -> None:
     """What the first call keeps must serve a later one that needs gradients."""
-    models.digits_network.cache_clear()
+    digits.digits_network.cache_clear()
     with torch.inference_mode():
         model = load_model(f"builtin:{name}")
         denoiser = model.denoiser([0, 1])
@@ -304,7 +305,7 @@ def test_guided_samples_are_the_digit_that_was_asked_for() -> None:
         x = sample(denoiser, model.noise(indices), "dpmpp_2m", 10, "log_snr", guidance=2.0)
     assert denoiser.nfe == 50 * 10 * 2
     labels = model.labels(indices)
-    network = models.feature_network()
+    network = digits.feature_network()
     assert (network.logits(x).argmax(1) == labels).double().mean() >= 0.96
     assert (network.logits(model.reference(indices)).argmax(1) == labels).double().mean() >= 0.96
 
@@ -314,7 +315,7 @@ def test_unet_references_are_all_different() -> None:
     assert model.reference is not None and model.reference_size is not None and model.reference_size >= 1700
     images = model.reference(range(model.reference_size)).flatten(1)
     assert len(images.unique(dim=0)) >= len(images) - 5  # the data set itself may hold an image twice
-    held_out = models.digits().images[models.digits().held_out].flatten(1)
+    held_out = digits.digits().images[digits.digits().held_out].flatten(1)
     assert torch.cdist(model.reference(range(200)).flatten(1), held_out).min(1).values.max() == 0
 
 
@@ -322,7 +323,7 @@ def test_unet_references_are_all_different() -> None:
 
 
 def test_every_model_describes_itself_and_can_be_sampled() -> None:
-    for key in models.MODELS:
+    for key in MODELS:
         model = load_model(f"builtin:{key}")
         assert model.name == f"builtin:{key}" and model.description.endswith(".") and model.licence
         assert isinstance(model.denoiser([0]), Denoiser)
@@ -365,7 +366,7 @@ def test_a_wrong_name_says_what_is_allowed(name: str, words: list[str]) -> None:
 
 def test_bandwidth_that_is_not_finite() -> None:
     with pytest.raises(ValueError, match="bandwidth"):
-        models.digits_exact(bandwidth=math.inf)
+        digits.digits_exact(bandwidth=math.inf)
 
 
 def test_another_batch_than_the_labels() -> None:
@@ -373,7 +374,7 @@ def test_another_batch_than_the_labels() -> None:
     with pytest.raises(ValueError, match="4 sample indices, x has 5"):
         denoiser.fn(torch.zeros(5, 1, 8, 8), torch.zeros(5))
     with pytest.raises(ValueError, match="no feature network 'inception'"):
-        models.feature_network("inception")
+        digits.feature_network("inception")
 
 
 def test_a_model_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

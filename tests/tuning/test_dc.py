@@ -13,7 +13,8 @@ import torch
 
 import fewstep as fs
 from fewstep.eval.cli import main
-from fewstep.eval.models import MixtureDenoiser, initial_noise
+from fewstep.eval.eval_model import initial_noise
+from fewstep.eval.formulas import MixtureDenoiser
 from fewstep.eval.targets import load_target
 from fewstep.eval.tuning import source_of
 from fewstep.guidance import Predictor, parse
