@@ -27,7 +27,7 @@ from typing import Any
 
 import diffusers
 import torch
-from quality import best_peer, rms, run_peer, spacings
+from quality import best_peer, rms, run_peer, samples_of, spacings
 
 import fewstep as fs
 from fewstep.eval.eval_model import EvalModel
@@ -71,7 +71,7 @@ def main() -> None:
     for name in args.models:
         spec, _, scale = name.partition("@")
         w, target = (float(scale) if scale else None), load_target(f"builtin:{spec}")
-        samples, truth = args.samples or (512 if target.model.truth_is_exact else 64), None
+        samples, truth = samples_of(target.model, args.samples), None
         for nfe in args.nfe:
             before = next((c for c in cells if (c["model"], c["nfe"]) == (name, nfe)), None)
             known = before if before and before["samples"] == samples else None
