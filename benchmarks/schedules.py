@@ -64,10 +64,10 @@ def main() -> None:
     for name in args.models:
         target = load_target(f"builtin:{name}")
         for table, rows in (("cells", cells), ("stochastic", stochastic)):
-            done = set() if args.again else {key(r)[:3] for r in tables[table]}
+            done = set() if args.again else {place(r)[:3] for r in tables[table]}
             for found in rows(target, name, args.nfe, done, args.again):
-                new = {key(r) for r in found}
-                tables[table] = [r for r in tables[table] if key(r) not in new] + found
+                new = {place(r) for r in found}
+                tables[table] = [r for r in tables[table] if place(r) not in new] + found
                 write(args.out, tables)
                 first = found[0]
                 best = sorted(found, key=lambda r: r["error"])[:4]
@@ -78,7 +78,7 @@ def main() -> None:
                 )
 
 
-def key(row: Row) -> tuple:
+def place(row: Row) -> tuple:
     """What a row is of: model, evaluations and solver (the cell), schedule."""
     return row["model"], row["nfe"], row["solver"], row.get("kind"), row["schedule"]
 

@@ -91,9 +91,10 @@ def _bar(panels: Sequence[Mapping[str, Any]]) -> str:
     return f'<nav class="bar"><div><b>fewstep</b>{anchors}</div></nav>'
 
 
-GUIDE = """The first number is the distance to where the noise leads when the differential equation is solved to
-convergence: it measures the solver and nothing else. The second compares the samples with reference images in the
-features of a small classifier; read it against its floor, the value of the converged samples. Lower is better."""
+DISTANCE = """The distance is that to where the noise leads when the differential equation is solved to convergence: it
+measures the solver and nothing else. Lower is better."""
+FRECHET = """The Fréchet distance compares the samples with reference images in the features of a small classifier; read
+it against its floor, the value of the converged samples."""
 
 
 def _header(result: Mapping[str, Any], title: str) -> str:
@@ -104,11 +105,13 @@ def _header(result: Mapping[str, Any], title: str) -> str:
     partial = ""
     if not result.get("complete", True):
         partial = '<p class="muted"><b>This run is not finished.</b> Cells that are still to come are shown as “…”.</p>'
+    given = f"{budgets[0]} to {budgets[-1]}" if len(budgets) > 1 else str(budgets[0])
+    guide = f"{DISTANCE} {FRECHET}" if any(p["features"] for p in panels) else DISTANCE
     return f"""<header>
 <p class="kicker">fewstep evaluation · {escape(day)}</p>
 <h1>{escape(title)}</h1>
-<p class="lead">{solvers} solvers, each given between {budgets[0]} and {budgets[-1]} network evaluations per sample
-(NFE), all from the same start noise. {GUIDE}</p>
+<p class="lead">{solvers} solver{"s" * (solvers > 1)}, given {given} network evaluations per sample (NFE), all from the
+same start noise. {guide}</p>
 {partial}
 </header>
 <div class="findings">{"".join(_finding(p) for p in panels)}</div>"""

@@ -42,7 +42,8 @@ BASE = 10
 STARTS = ("karras", "linspace", "arctan")
 """Where the search begins: as the authors do for models of continuous and of discrete time, and the default here.
 
-Stopped early it never ends at levels that are worse on the trajectories than any of these."""
+Up to ten steps, stopped early, it never ends at levels that are worse on the trajectories than these, as near as the
+table has them."""
 ENDS = (0.0, 0.02, 0.05, 0.1)
 """Where the bound ends: at the cleanest trained level or these. It grows without limit as the end goes to 0."""
 

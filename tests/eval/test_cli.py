@@ -198,7 +198,7 @@ def test_explain_writes_picture_and_json(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(
     stop: signal.Signals, longer: Path, tmp_path: Path
 ) -> None:
-    """Killed as soon as the first cell has a chunk, continued by the same command."""
+    """Killed after the first chunks of the first cell, continued by the same command."""
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "fewstep.eval", *LONGER, "-o", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(
     )
     deadline = time.monotonic() + 60
     while (
-        not list(out.glob("chunks/*/*.safetensors"))
+        len(list(out.glob("chunks/*/*.safetensors"))) < 3
         and time.monotonic() < deadline
         and process.poll() is None
     ):
@@ -218,7 +218,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(
         assert process.returncode == 130
         assert error.strip() == "interrupted; run the same command to go on"
     done = len(list(out.glob("chunks/*/*.safetensors")))
-    assert 0 < done < len(list(longer.glob("chunks/*/*.safetensors")))
+    assert 3 <= done < len(list(longer.glob("chunks/*/*.safetensors")))
     assert main([*LONGER, "-o", str(out)]) == 0
     assert numbers(out) == numbers(longer)
     assert (out / "samples.jsonl").read_bytes() == (longer / "samples.jsonl").read_bytes()
